@@ -52,7 +52,9 @@ class Code(ABC):
     def map(self, fn: Callable[[str, Leaf], Code], prefix: str = "") -> Code:
         """The same formula over rewritten leaves: each becomes `fn(path, leaf)`."""
         children = self.children().items()
-        return replace(self, **{name: child.map(fn, f"{prefix}{name}.") for name, child in children})
+        return replace(
+            self, **{name: child.map(fn, f"{prefix}{name}.") for name, child in children}
+        )
 
     def to(self, device: torch.device | str) -> Code:
         """The same code with its stored arrays on `device`."""
@@ -136,8 +138,12 @@ class Array(Leaf):
             raise ValueError(f"dtype {header.get('dtype')!r}; it must be one of {list(FLOATS)}")
         shape, count = check_shape(header.get("shape"))
         if len(data) != count * dtype.itemsize:
-            raise ValueError(f"{len(data)} bytes given; shape {shape} takes {count * dtype.itemsize}")
-        flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            raise ValueError(
+                f"{len(data)} bytes given; shape {shape} takes {count * dtype.itemsize}"
+            )
+        flat = (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        )
         return cls(flat.reshape(shape))
 
 
@@ -178,7 +184,7 @@ class Bits(Leaf):
         return cls(whole, width)
 
     def decode(self) -> Tensor:
-        return self.tensor.float()
+        return self.tensor.int()
 
     @property
     def nbytes(self) -> int:

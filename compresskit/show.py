@@ -65,13 +65,19 @@ def style() -> None:
             "legend.frameon": False,
             "lines.linewidth": 1.6,
             "svg.hashsalt": "compresskit",
-            "svg.fonttype": "none",
             "font.size": 9,
         }
     )
 
 
-def axes(xlabel: str, ylabel: str, *, rows: int = 1, columns: int = 1, figsize: tuple[float, float] | None = None) -> Axes:
+def axes(
+    xlabel: str,
+    ylabel: str,
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    figsize: tuple[float, float] | None = None,
+) -> Axes:
     """Labeled axes in the book's size; an array of axes for more than one row or column."""
     figsize = figsize or (5 * min(columns, 1.5), 3 * min(rows, 2))
     _, ax = plt.subplots(rows, columns, figsize=figsize)
@@ -92,10 +98,16 @@ def plot(
 
     Parameters
     ----------
-    lines : name -> (x values, y values); a name that starts with "_" is drawn but not written
-    xlabel, ylabel : with units
-    title : optional
-    ax : draw here instead of in a new figure
+    lines : mapping
+        name -> (x values, y values); a name that starts with "_" is drawn but not written
+    xlabel : str
+        with its unit
+    ylabel : str
+        with its unit
+    title : str
+        optional
+    ax : Axes
+        draw here instead of in a new figure
 
     Returns
     -------

@@ -1,0 +1,246 @@
+"""What compression did: error, size, distance from the limit, quality, time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compresskit.code import Code
+from compresskit.stats import InputStats
+from compresskit.theory import linear_layer_rate
+
+
+def relative_error_db(
+    weight: Tensor, approx: Tensor | Code, stats: InputStats | None = None
+) -> float:
+    """10 log10(E||(W - A) x||^2 / E||W x||^2): -20 dB is an error of 1 % of the output's power.
+
+    Parameters
+    ----------
+    weight : (m, n) tensor
+    approx : (m, n) tensor or Code
+    stats : InputStats
+        moments of x; None stands for isotropic inputs, that is ||W - A||_F^2 / ||W||_F^2
+
+    Returns
+    -------
+    float, in dB; -inf when nothing was lost
+    """
+    weight, delta = _delta(weight, approx)
+    stats = stats or InputStats.isotropic(weight.shape[1])
+    error, power = stats.distortion(delta).item(), stats.distortion(weight).item()
+    if not power > 0:
+        raise ValueError("the output has no power, so no error is relative to it")
+    return 10 * math.log10(error / power) if error > 0 else -math.inf
+
+
+def bits_per_weight(code: Code) -> float:
+    """8 * bytes / weights: levels, scales, zero points, tables and padding, all of them."""
+    return 8 * code.nbytes / math.prod(code.shape)
+
+
+def gap(weight: Tensor, code: Code, stats: InputStats, *, damp: float = 0.0) -> float:
+    """Bits per weight stored, less the fewest that its output error could have cost.
+
+    The fewest is the rate-distortion function of a Gaussian matrix of the same mean square under
+    the same input moments (`theory.linear_layer_rate`). Among sources of that variance the
+    Gaussian is the hardest, so a real layer may in principle be coded below it.
+
+    Parameters
+    ----------
+    weight : (m, n) tensor
+    code : Code
+    stats : InputStats
+    damp : float
+        measure the error, and the limit, under `stats.damped(damp)`; 0 is the true output error
+
+    Returns
+    -------
+    float, in bits per weight; -inf when the code is exact, which no finite rate buys
+    """
+    weight, delta = _delta(weight, code)
+    second = stats.damped(damp).double()
+    distortion = ((delta.double() @ second) * delta.double()).sum().item() / len(weight)
+    variance = weight.double().square().mean().item()
+    if distortion == 0:
+        return -math.inf
+    return bits_per_weight(code) - linear_layer_rate(variance, second, distortion)
+
+
+class Fidelity(NamedTuple):
+    """How well embeddings were kept: mean cosine with the originals, and the share of items whose
+    nearest neighbor is still the same item."""
+
+    cosine: float
+    top1: float
+
+
+def fidelity(original: Tensor, approx: Tensor) -> Fidelity:
+    """Agreement of two sets of embeddings, row by row.
+
+    Parameters
+    ----------
+    original : (items, n) tensor
+    approx : (items, n) tensor
+    """
+    if original.shape != approx.shape or original.ndim != 2 or len(original) < 2:
+        raise ValueError(
+            f"embeddings of shapes {tuple(original.shape)} and {tuple(approx.shape)};"
+            " two equal shapes (items, n) with two items or more are needed"
+        )
+    a, b = (F.normalize(t.float(), dim=1) for t in (original, approx))
+    neighbors = [(t @ t.T).fill_diagonal_(-2).argmax(1) for t in (a, b)]
+    same = (neighbors[0] == neighbors[1]).float().mean().item()
+    return Fidelity((a * b).sum(1).mean().item(), same)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch: int = 1000) -> float:
+    """Share of the rows of `x` whose largest logit is that of their label in `y`."""
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"{len(x)} inputs and {len(y)} labels; as many of each, and one or more")
+    pairs = zip(x.split(batch), y.split(batch), strict=True)
+    return sum((model(a).argmax(1) == b).sum().item() for a, b in pairs) / len(x)
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, tokens: Tensor, *, window: int, stride: int) -> Tensor:
+    """-ln p(token | tokens before it in its window), in nats, each token at most once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        (batch, length) token ids -> (batch, length, vocabulary) logits
+    tokens : (length,) integer tensor
+    window : int
+        tokens that the model sees at a time
+    stride : int
+        1 to `window`: tokens by which the window moves. With stride = window no context is carried
+        over and the first token of each window is not predicted; with a smaller one every token
+        but the text's first is predicted from window - stride others or more
+
+    Returns
+    -------
+    (predicted,) float32 tensor
+    """
+    if tokens.ndim != 1 or len(tokens) < 2 or not 1 <= stride <= window or window < 2:
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)}, window={window}, stride={stride}; two tokens"
+            " or more in one row, and 1 <= stride <= window, for instance 512 and 256"
+        )
+    losses, done = [], 1
+    for start in range(0, len(tokens), stride):
+        part = tokens[start : start + window]
+        first = max(done - start, 1)
+        if len(part) > first:
+            logits = model(part[None])[0, first - 1 : -1].float()
+            losses.append(F.cross_entropy(logits, part[first:].long(), reduction="none"))
+        done = start + len(part)
+        if done == len(tokens):
+            break
+    return torch.cat(losses)
+
+
+def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
+    """exp(mean loss in nats) over windows that share nothing: the usual figure, per token."""
+    return token_losses(model, tokens, window=window, stride=window).double().mean().exp().item()
+
+
+def bits_per_byte(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    nbytes: int | None = None,
+    window: int = 512,
+    stride: int = 256,
+) -> float:
+    """Bits that an ideal coder driven by the model needs for a text, per byte of the text.
+
+    Comparable between tokenizers and with file compressors.
+
+    Parameters
+    ----------
+    model : nn.Module
+        as for `token_losses`
+    tokens : (length,) integer tensor
+        the first is not predicted: put a token before the text to have all of it counted
+    nbytes : int
+        length of the predicted text in bytes; None: one byte per predicted token
+    window : int
+        as for `token_losses`
+    stride : int
+        as for `token_losses`
+    """
+    losses = token_losses(model, tokens, window=window, stride=stride).double()
+    return losses.sum().item() / math.log(2) / (nbytes or len(losses))
+
+
+class Timing(NamedTuple):
+    """Seconds per call: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def latency(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 3,
+    repeats: int = 20,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time functions side by side: in turn, round after round, so that a busy spell hits all.
+
+    Parameters
+    ----------
+    functions : mapping
+        name -> function without arguments. One that works on a GPU must end with a
+        synchronization, or only its launch is timed
+    warmup : int
+        rounds that are not counted
+    repeats : int
+        rounds that are
+    clock : callable
+        seconds
+
+    Returns
+    -------
+    dict, name -> Timing
+    """
+    if not functions or warmup < 0 or repeats < 1:
+        raise ValueError(
+            f"{len(functions)} functions, warmup={warmup}, repeats={repeats};"
+            " at least one function and one counted round are needed"
+        )
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(warmup + repeats):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            if round_ >= warmup:
+                times[name].append(clock() - start)
+    return {name: _spread(seconds) for name, seconds in times.items()}
+
+
+def _spread(seconds: list[float]) -> Timing:
+    if len(seconds) == 1:
+        return Timing(*seconds * 3)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def _delta(weight: Tensor, approx: Tensor | Code) -> tuple[Tensor, Tensor]:
+    if isinstance(approx, Code):
+        approx = approx.decode()
+    if weight.shape != approx.shape:
+        raise ValueError(f"shapes {tuple(weight.shape)} and {tuple(approx.shape)} must be equal")
+    weight = weight.detach().float()
+    return weight, weight - approx.detach().float().to(weight.device)

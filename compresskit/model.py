@@ -1,0 +1,226 @@
+"""From matrices to models: collect statistics, compress, decode, count the bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.code import Code
+from compresskit.layers import Compressed, as_matrix, compressed, is_layer, tokens
+from compresskit.stats import InputStats
+
+Method = Callable[[Tensor, InputStats | None], Code]
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that have a matrix, by their dotted names, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_layer(module)}
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    run: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
+    names: Iterable[str] | None = None,
+) -> dict[str, InputStats]:
+    """The input moments of every layer, by name, from one pass over `batches`.
+
+    Every position that reaches a layer counts as a token, padding too: give batches without it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batches : iterable
+        what `run` takes, one at a time
+    run : callable
+        how to call the model on a batch
+    names : iterable of str
+        only these layers; None means all
+
+    Raises
+    ------
+    ValueError : an unknown name; no batch; a layer that no batch reached
+    """
+    watched = _named(model, layers(model) if names is None else names)
+    stats: dict[str, InputStats] = {}
+
+    def watch(name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen = InputStats.of(tokens(layer, args[0] if args else kwargs["input"]))
+        stats[name] = stats[name] + seen if name in stats else seen
+
+    training = model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        model.eval()
+        for name, layer in watched.items():
+            hook = layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in batches:
+            run(model, batch)
+    missing = [name for name in watched if name not in stats]
+    if missing:
+        raise ValueError(f"no batch reached {missing}; give a batch or more that runs every layer")
+    return {name: stats[name] for name in watched}
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    plan: Mapping[str, Method],
+    stats: Mapping[str, InputStats] | None = None,
+) -> nn.Module:
+    """A copy of `model` whose layers named in `plan` hold the codes that their methods return.
+
+    Parameters
+    ----------
+    model : nn.Module
+        not changed
+    plan : mapping
+        layer name -> method (weight, stats) -> Code; bind options with `functools.partial`
+    stats : mapping
+        layer name -> InputStats, as `collect` returns it; a layer without an entry gets None
+
+    Raises
+    ------
+    ValueError : a name that is no layer of the model (those that exist are listed), or whose
+        weight another module shares
+    """
+    _named(model, plan)
+    model = copy.deepcopy(model)
+    for name, method in plan.items():
+        layer = model.get_submodule(name)
+        code = method(as_matrix(layer), None if stats is None else stats.get(name))
+        model = _replaced(model, name, compressed(layer, code))
+    return model
+
+
+@torch.no_grad()
+def decoded(model: nn.Module) -> nn.Module:
+    """A copy of `model` with dense layers in place of the compressed ones: same values, faster."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Compressed):
+            model = _replaced(model, name, module.restored())
+    return model
+
+
+@dataclass(frozen=True)
+class Size:
+    """One stored array: what it belongs to, how it is stored, how many bytes.
+
+    Parameters
+    ----------
+    name : str
+        of the layer, or of the parameter or buffer left as it was
+    stored : str
+        formula and path of the leaf, or the dtype of what was left alone
+    nbytes : int
+    """
+
+    name: str
+    stored: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SizeTable:
+    """Every byte of a model, itemized. `str()` adds it up by kind of storage.
+
+    Parameters
+    ----------
+    rows : tuple of Size
+    weights : int
+        how many weights the compressed layers have together
+    """
+
+    rows: tuple[Size, ...]
+    weights: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole model."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def compressed_nbytes(self) -> int:
+        """Bytes of the compressed layers' codes alone."""
+        return sum(row.nbytes for row in self.rows if "." in row.stored)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of the compressed layers: all their bytes, over all their weights."""
+        return 8 * self.compressed_nbytes / self.weights if self.weights else float("nan")
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[int]] = {}
+        for row in self.rows:
+            kinds.setdefault(row.stored, []).append(row.nbytes)
+        lines = [f"{'stored as':26}{'arrays':>7}{'bytes':>14}"]
+        lines += [f"{kind:26}{len(n):7}{sum(n):14,}" for kind, n in kinds.items()]
+        return "\n".join([*lines, f"{'total':26}{len(self.rows):7}{self.nbytes:14,}"])
+
+
+def size_table(model: nn.Module) -> SizeTable:
+    """What each stored array of `model` takes in a file, tied parameters counted once."""
+    rows, weights = [], 0
+    for name, module in model.named_modules():
+        if isinstance(module, Compressed):
+            code = module.code
+            kind = type(code).__name__
+            rows += [Size(name, f"{kind}.{path}", n) for path, n in code.size_table().items()]
+            weights += torch.Size(code.shape).numel()
+    for name, tensor in uncompressed(model).items():
+        stored = str(tensor.dtype).removeprefix("torch.")
+        rows.append(Size(name, stored, tensor.numel() * tensor.element_size()))
+    return SizeTable(tuple(rows), weights)
+
+
+def uncompressed(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers that belong to no code; tied ones appear once."""
+    codes = tuple(
+        f"{name}.code__".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, Compressed)
+    )
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not name.startswith(codes) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def _replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """`model` with `module` at `name`; the empty name is the model itself."""
+    if not name:
+        return module
+    model.set_submodule(name, module)
+    return model
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The named layers of `model`; `ValueError` for a name that is none, or a shared weight."""
+    known, wanted = layers(model), list(names)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"no layer is named {unknown}; the model has {list(known)}")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in wanted:
+        shared = owners[id(known[name].weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"the weight of {name!r} is tied: {shared}; untie it before compressing"
+            )
+    return {name: known[name] for name in wanted}

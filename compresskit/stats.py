@@ -1,0 +1,119 @@
+"""What a layer's inputs look like: the few moments that every calibrated method needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compresskit import linalg
+
+
+@dataclass(frozen=True, eq=False)
+class InputStats:
+    """Moments of the inputs x in R^n of one linear map, averaged over tokens.
+
+    Per token and without a factor 2, so that neither the batch shape nor a convention for the
+    Hessian can change them, and `distortion` is a mean squared error as it stands.
+
+    Parameters
+    ----------
+    count : int
+        number of tokens seen; 0 stands for "nothing known" (`isotropic`)
+    second : (n, n) tensor
+        E[x x^T]; half the Hessian of the layer's squared output error
+    mean_abs : (n,) tensor
+        E|x|
+    max_abs : (n,) tensor
+        max |x|
+
+    Raises
+    ------
+    ValueError : shapes that do not belong together, a negative count
+    """
+
+    count: int
+    second: Tensor
+    mean_abs: Tensor
+    max_abs: Tensor
+
+    def __post_init__(self):
+        linalg.check_square(self.second)
+        n = len(self.second)
+        if self.mean_abs.shape != (n,) or self.max_abs.shape != (n,) or self.count < 0:
+            raise ValueError(
+                f"count {self.count}, mean_abs {tuple(self.mean_abs.shape)} and max_abs"
+                f" {tuple(self.max_abs.shape)} beside second moments of {n} inputs;"
+                f" a count of 0 or more and two shapes ({n},) are needed"
+            )
+
+    @classmethod
+    def of(cls, x: Tensor) -> InputStats:
+        """Of one batch of inputs.
+
+        Parameters
+        ----------
+        x : (tokens, n) tensor
+            float32, float16 or bfloat16; the moments are float32
+
+        Raises
+        ------
+        ValueError : not a matrix, no token, or values that are not finite
+        """
+        if x.ndim != 2 or not len(x):
+            raise ValueError(f"shape {tuple(x.shape)}; (tokens, n) with a token or more is needed")
+        x = x.detach().float()
+        second = x.T @ x / len(x)
+        if not torch.isfinite(second).all():
+            raise ValueError("the inputs, or their squares, are not finite in float32")
+        return cls(len(x), second, x.abs().mean(0), x.abs().amax(0))
+
+    @classmethod
+    def isotropic(cls, n: int) -> InputStats:
+        """No knowledge of the inputs: E[x x^T] = I. Adding seen inputs to it gives those alone."""
+        return cls(0, torch.eye(n), torch.ones(n), torch.ones(n))
+
+    def __add__(self, other: InputStats) -> InputStats:
+        """Of the union of two samples: averages weighted by their token counts.
+
+        Associative and commutative up to float32 rounding, so the order and the size of the
+        batches do not matter.
+        """
+        if len(self.second) != len(other.second):
+            raise ValueError(f"moments of {len(self.second)} and {len(other.second)} inputs")
+        if not self.count or not other.count:
+            return self if self.count else other
+        total = self.count + other.count
+        share = other.count / total
+        return InputStats(
+            total,
+            torch.lerp(self.second, other.second, share),
+            torch.lerp(self.mean_abs, other.mean_abs, share),
+            torch.maximum(self.max_abs, other.max_abs),
+        )
+
+    @property
+    def rms(self) -> Tensor:
+        """(n,) root mean square of each input."""
+        return self.second.diagonal().sqrt()
+
+    def damped(self, fraction: float = 0.01) -> Tensor:
+        """(n, n) `second` plus `fraction` of its mean eigenvalue on the diagonal."""
+        return linalg.damped(self.second, fraction)
+
+    def distortion(self, delta: Tensor) -> Tensor:
+        """E||delta x||^2 = tr(delta E[x x^T] delta^T), a scalar tensor.
+
+        Parameters
+        ----------
+        delta : (m, n) tensor
+            a weight error
+        """
+        delta = delta.to(self.second)
+        return ((delta @ self.second) * delta).sum()
+
+    def to(self, device: torch.device | str) -> InputStats:
+        """The same moments on `device`."""
+        tensors = (t.to(device) for t in (self.second, self.mean_abs, self.max_abs))
+        return InputStats(self.count, *tensors)
