@@ -4,9 +4,13 @@ The names are read from the module, in the order of its source, so the page cann
 """
 
 import inspect
+import re
 from importlib import import_module
 
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
+
+BAR = re.compile(r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)")  # outside of `code`
 
 
 def public_names(module):
@@ -47,6 +51,14 @@ class Reference(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+def keep_bars(app, what, name, obj, options, lines):
+    """Docstrings say |x| for the magnitude of x; reStructuredText would read a substitution."""
+    lines[:] = [line if line.lstrip().startswith(">>>") else BAR.sub(r"\\|", line) for line in lines]
+
+
 def setup(app):
+    # A property's sentence may hold a colon; napoleon would take what stands before it for a type.
+    GoogleDocstring._parse_attribute_docstring = lambda self: list(self._consume_to_end())
+    app.connect("autodoc-process-docstring", keep_bars)
     app.add_directive("reference", Reference)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
