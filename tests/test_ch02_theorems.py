@@ -624,7 +624,7 @@ def test_false_limits_of_random_codes_are_rejected(variant):
 
 
 def quantized_mixture(width, levels):
-    """Rate, distortion, variance and KL of a spiky source: 90 % on [-width, width], 10 % on [-1, 1].
+    """Rate, distortion, variance, KL of a source: 90 % on [-width, width], 10 % on [-1, 1].
 
     Both parts are uniform. The quantizer has one level, 0, for [-width, width] and `levels` equal
     cells for the rest; its rate is its entropy. The KL is to the Gaussian of equal variance.
