@@ -267,7 +267,7 @@ class Quantized(Code):
         if scale not in ((levels[0], groups), (1, groups)) or zero not in (scale, (1, 1)):
             raise ValueError(
                 f"levels of shape {levels} in groups of {size} need scales of shape"
-                f" {(levels[0], groups)}, not {scale}, and zeros of that shape or (1, 1), not {zero}"
+                f" {(levels[0], groups)}, not {scale}, and zeros like them or (1, 1), not {zero}"
             )
 
 

@@ -166,7 +166,7 @@ class Bits(Leaf):
         bits.check_width(self.width)
         if self.tensor.dtype not in (torch.uint8, torch.int32):
             raise ValueError(
-                f"Bits holds uint8 or int32, not {self.tensor.dtype}; Bits.of(values, width) converts"
+                f"Bits holds uint8 or int32, not {self.tensor.dtype}; use Bits.of(values, width)"
             )
 
     @classmethod

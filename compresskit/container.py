@@ -208,10 +208,11 @@ def _code(tree: dict, tensors: Mapping[str, dict], prefix: str, depth: int = 0) 
     names = {f.name for f in fields(node)}
     if names != tree.keys() - {"node"}:
         raise ValueError(f"a {node.__name__} has the fields {sorted(names)}, not {sorted(tree)}")
-    return node(**{
-        name: _code(value, tensors, f"{prefix}{name}.", depth + 1) if isinstance(value, dict) else value
-        for name, value in tree.items() if name != "node"
-    })  # fmt: skip
+    values = {name: tree[name] for name in names}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            values[name] = _code(value, tensors, f"{prefix}{name}.", depth + 1)
+    return node(**values)
 
 
 def _paths(tree: dict, prefix: str = "") -> list[str]:

@@ -1,0 +1,65 @@
+"""Layers as matrices: the matrix times the tokens is what the layer computes."""
+
+import pytest
+import torch
+from torch import nn
+
+from compresskit.code import Array
+from compresskit.layers import as_matrix, compressed, is_layer, tokens
+
+CONVOLUTIONS = [
+    {},
+    {"stride": 2},
+    {"padding": 1},
+    {"padding": (2, 0), "padding_mode": "circular"},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"padding": "same", "dilation": 2},
+    {"padding": "same", "padding_mode": "replicate"},
+    {"padding": "valid", "dilation": (1, 2)},
+    {"bias": False},
+]
+
+
+def layer_and_input(options):
+    torch.manual_seed(0)
+    if options is None:
+        return nn.Linear(6, 4), torch.randn(2, 5, 6)
+    return nn.Conv2d(3, 4, (3, 2), **options), torch.randn(2, 3, 8, 7)
+
+
+@pytest.mark.parametrize("options", [None, *CONVOLUTIONS], ids=str)
+@torch.no_grad()
+def test_the_matrix_times_the_tokens_is_the_output(options):
+    layer, x = layer_and_input(options)
+    expected = layer(x)
+    if isinstance(layer, nn.Conv2d):
+        expected = expected.permute(0, 2, 3, 1)
+    bias = 0 if layer.bias is None else layer.bias
+    output = tokens(layer, x) @ as_matrix(layer).T + bias
+    torch.testing.assert_close(output, expected.reshape(-1, 4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [None, *CONVOLUTIONS], ids=str)
+@torch.no_grad()
+def test_a_layer_with_its_own_weight_for_a_code_is_unchanged(options):
+    layer, x = layer_and_input(options)
+    module = compressed(layer, Array(as_matrix(layer)))
+    assert torch.equal(module(x), layer(x))
+    assert torch.equal(module.restored()(x), layer(x))
+    assert torch.equal(compressed(layer, module.code)(x), layer(x))
+
+
+def test_the_arrays_of_the_code_follow_the_module_to_another_device():
+    layer, _ = layer_and_input(None)
+    module = compressed(layer, Array(as_matrix(layer))).to("meta")
+    assert module.code.tensor.device.type == "meta"
+
+
+def test_grouped_convolutions_and_embeddings_have_no_single_matrix():
+    assert not is_layer(nn.Conv2d(4, 4, 3, groups=2))
+    assert not is_layer(nn.Embedding(3, 4))
+
+
+def test_a_code_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 5\) for a layer whose matrix is \(4, 6\)"):
+        compressed(nn.Linear(6, 4), Array(torch.zeros(4, 5)))

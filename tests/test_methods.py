@@ -1,0 +1,116 @@
+"""The contract that every method keeps. A new method is one line in METHODS."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from compresskit import affine, container, methods
+from compresskit.affine import QuantSpec
+from compresskit.code import Code
+from compresskit.methods import round_to_nearest
+from compresskit.model import compress
+from compresskit.stats import InputStats
+
+METHODS = {
+    "int8": partial(round_to_nearest, spec=QuantSpec(8, symmetric=True)),
+    "int4 groups": partial(round_to_nearest, spec=QuantSpec(4, group_size=10)),
+    "int3 mse": partial(round_to_nearest, spec=QuantSpec(3, group_size=16), fit=affine.mse),
+    "int5 percentile": partial(round_to_nearest, spec=QuantSpec(5), fit=affine.percentile),
+    "int2 tensor": partial(round_to_nearest, spec=QuantSpec(2, group_size="tensor")),
+    "sign": partial(round_to_nearest, spec=QuantSpec(1, symmetric=True), fit=affine.mse),
+    "int16": partial(round_to_nearest, spec=QuantSpec(16), scale_dtype=torch.float32),
+}
+# What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
+REDUCES_TO = {name: name for name in METHODS}  # rounding to nearest ignores the inputs
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(12, 37, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def x():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(200, 37, generator=generator) @ torch.randn(37, 37, generator=generator)
+
+
+every = pytest.mark.parametrize("name", METHODS)
+
+
+@every
+def test_it_returns_a_code_of_the_weights_shape_that_is_closer_than_nothing(name, weight, x):
+    code = METHODS[name](weight, InputStats.of(x))
+    assert isinstance(code, Code)
+    assert code.shape == weight.shape
+    assert code.decode().dtype == torch.float32
+    assert (weight - code.decode()).square().sum() < weight.square().sum()
+
+
+@every
+def test_it_changes_neither_weight_nor_statistics(name, weight, x):
+    stats = InputStats.of(x)
+    copies = weight.clone(), stats.second.clone()
+    METHODS[name](weight, stats)
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(stats.second, copies[1])
+
+
+@every
+def test_it_is_deterministic(name, weight, x):
+    a, b = (METHODS[name](weight, InputStats.of(x)) for _ in range(2))
+    assert [leaf.to_bytes() for leaf in a.leaves().values()] == [
+        leaf.to_bytes() for leaf in b.leaves().values()
+    ]
+
+
+@every
+def test_its_size_is_the_length_of_its_bytes_and_below_half_precision(name, weight, x):
+    code = METHODS[name](weight, InputStats.of(x))
+    assert code.nbytes == sum(len(leaf.to_bytes()) for leaf in code.leaves().values())
+    assert code.nbytes < 2 * weight.numel() or name == "int16"
+
+
+@every
+def test_it_survives_a_file(name, weight, x, tmp_path):
+    layer = nn.Linear(37, 12)
+    layer.weight.data = weight
+    small = compress(layer, {"": METHODS[name]}, {"": InputStats.of(x)})
+    container.save(small, tmp_path / "layer")
+    again = container.load(tmp_path / "layer", layer)
+    assert torch.equal(again(x), small(x))
+
+
+@every
+def test_the_batching_of_the_calibration_does_not_matter(name, weight, x):
+    parts = [InputStats.of(part) for part in x.split(37)]
+    merged = METHODS[name](weight, sum(parts[1:], start=parts[0])).decode()
+    torch.testing.assert_close(merged, METHODS[name](weight, InputStats.of(x)).decode())
+
+
+@every
+def test_the_reduction_law(name, weight):
+    isotropic = METHODS[name](weight, InputStats.isotropic(37)).decode()
+    assert torch.equal(isotropic, METHODS[REDUCES_TO[name]](weight, None).decode())
+
+
+@every
+def test_a_matrix_of_one_row_or_one_column_is_accepted(name):
+    for shape in ((1, 37), (12, 1), (1, 1)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert METHODS[name](weight, InputStats.isotropic(shape[1])).shape == shape
+
+
+def test_every_public_method_is_under_contract():
+    tried = {method.func.__name__ for method in METHODS.values()}
+    assert tried == set(methods.__all__)
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_every_method_has_the_common_signature(name):
+    first, second, *options = inspect.signature(getattr(methods, name)).parameters.values()
+    assert (first.name, second.name) == ("weight", "stats")
+    assert all(option.kind is option.KEYWORD_ONLY for option in options)

@@ -1,0 +1,150 @@
+"""Whole models: collected once, compressed into a copy, every byte itemized."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from compresskit import model as cm
+from compresskit.affine import QuantSpec
+from compresskit.layers import Compressed, tokens
+from compresskit.methods import round_to_nearest
+from compresskit.stats import InputStats
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10), nn.Tanh(),
+        nn.Linear(10, 3),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def x():
+    return torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def int8(names):
+    return dict.fromkeys(names, partial(round_to_nearest, spec=QuantSpec(8)))
+
+
+def test_collect_sees_what_each_layer_multiplies(net, x):
+    stats = cm.collect(net, [x])
+    assert list(stats) == ["0", "4", "6"]
+    assert stats["0"].count == 7 * 36
+    seen = InputStats.of(tokens(net[0], x))
+    torch.testing.assert_close(stats["0"].second, seen.second)
+
+
+def test_collect_does_not_depend_on_the_batches_and_leaves_no_trace(net, x):
+    net.train()
+    whole, parts = cm.collect(net, [x]), cm.collect(net, x.split(3))
+    for name in whole:
+        torch.testing.assert_close(whole[name].second, parts[name].second, rtol=1e-4, atol=1e-6)
+    assert net.training
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_hooks_are_removed_when_the_model_fails(net):
+    with pytest.raises(RuntimeError):
+        cm.collect(net, [torch.zeros(1, 2, 3)])
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_collect_can_be_limited_and_called_with_keywords(net, x):
+    stats = cm.collect(net, [{"input": x}], run=lambda m, batch: m(**batch), names=["6"])
+    assert list(stats) == ["6"]
+
+
+def test_compress_changes_a_copy_of_the_named_layers_only(net, x):
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    small = cm.compress(net, int8(["4"]))
+    assert isinstance(small[4], Compressed)
+    assert isinstance(small[6], nn.Linear)
+    assert isinstance(net[4], nn.Linear)
+    assert all(torch.equal(before[name], p) for name, p in net.named_parameters())
+    net.eval(), small.eval()
+    assert not torch.equal(small(x), net(x))
+    torch.testing.assert_close(small(x), net(x), rtol=0, atol=0.02)  # 8 bits
+
+
+def test_decoded_computes_the_same_and_holds_dense_layers(net, x):
+    small = cm.compress(net, int8(cm.layers(net))).eval()
+    dense = cm.decoded(small)
+    assert torch.equal(dense(x), small(x))
+    assert not any(isinstance(module, Compressed) for module in dense.modules())
+
+
+def test_methods_get_the_layers_own_matrix_and_statistics(net, x):
+    seen = {}
+
+    def spy(name, weight, stats):
+        seen[name] = (weight.shape, None if stats is None else stats.count)
+        return round_to_nearest(weight, stats, spec=QuantSpec(8))
+
+    plan = {name: partial(spy, name) for name in cm.layers(net)}
+    cm.compress(net, plan, cm.collect(net, [x], names=["0", "4"]))
+    assert seen == {"0": ((4, 9), 252), "4": ((10, 144), 7), "6": ((3, 10), None)}
+
+
+def test_the_size_table_itemizes_every_byte(net):
+    table = cm.size_table(cm.compress(net, int8(["4"])))
+    by_name = {(row.name, row.stored): row.nbytes for row in table.rows}
+    assert by_name == {
+        ("4", "Quantized.levels"): 1440,
+        ("4", "Quantized.scale"): 20,
+        ("4", "Quantized.zero"): 10,
+        ("0.weight", "float32"): 144,
+        ("0.bias", "float32"): 16,
+        ("4.bias", "float32"): 40,
+        ("6.weight", "float32"): 120,
+        ("6.bias", "float32"): 12,
+    }
+    assert table.nbytes == sum(by_name.values())
+    assert table.compressed_nbytes == 1470
+    assert table.bits_per_weight == 8 * 1470 / 1440
+    assert f"{table.nbytes:,}" in str(table).splitlines()[-1]
+
+
+def test_an_uncompressed_model_is_counted_at_its_own_dtype(net):
+    table = cm.size_table(net.half())
+    assert table.nbytes == 2 * sum(p.numel() for p in net.parameters())
+    assert table.bits_per_weight != table.bits_per_weight  # nothing is compressed: not a number
+
+
+def test_a_model_that_is_one_layer_can_be_compressed():
+    layer = nn.Linear(4, 3)
+    small = cm.compress(layer, int8([""]))
+    assert isinstance(small, Compressed)
+    assert cm.size_table(small).nbytes == small.code.nbytes + 12
+    assert isinstance(cm.decoded(small), nn.Linear)
+
+
+def test_an_unknown_layer_is_refused_and_the_known_ones_listed(net, x):
+    with pytest.raises(ValueError, match=r"\['5'\]; the model has \['0', '4', '6'\]"):
+        cm.compress(net, int8(["5"]))
+    with pytest.raises(ValueError, match="no layer is named"):
+        cm.collect(net, [x], names=["nope"])
+
+
+def test_a_layer_that_no_batch_reached_is_named(net):
+    with pytest.raises(ValueError, match="no batch reached"):
+        cm.collect(net, [])
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_tied_weight_is_counted_once_and_not_compressed_behind_its_twin():
+    tied = Tied()
+    assert cm.size_table(tied).nbytes == 80
+    with pytest.raises(ValueError, match="tied"):
+        cm.compress(tied, int8(["head"]))

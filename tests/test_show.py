@@ -1,0 +1,44 @@
+"""Claims can fail; figures follow the page."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from compresskit import show
+
+
+def test_a_true_claim_is_printed(capsys):
+    show.claim("1 < 2", 1 < 2)
+    show.claim("so says a tensor", torch.tensor(True))
+    assert capsys.readouterr().out == "✓ 1 < 2\n✓ so says a tensor\n"
+
+
+@pytest.mark.parametrize("false", [False, torch.tensor(False), 0])
+def test_a_false_claim_stops_the_notebook(false, capsys):
+    with pytest.raises(AssertionError, match="this claim is false: 2 < 1"):
+        show.claim("2 < 1", false)
+    assert not capsys.readouterr().out
+
+
+def test_a_plot_names_its_curves_at_their_ends():
+    ax = show.plot(
+        {"up": ([0, 1], [0, 2]), "_quiet": ([0, 1], [1, 1])}, xlabel="x", ylabel="y (dB)"
+    )
+    (note,) = ax.texts
+    assert (note.get_text(), note.xy) == ("up", (1, 2))
+    assert note.get_color() == ax.lines[0].get_color()
+    assert len(ax.lines) == 2
+    plt.close("all")
+
+
+def test_axes_come_in_grids():
+    grid = show.axes("x", "y", rows=2, columns=3)
+    assert grid.shape == (2, 3)
+    assert {ax.get_xlabel() for ax in grid.flat} == {"x"}
+    plt.close("all")
+
+
+def test_cost_is_told_in_seconds_and_mebibytes(capsys):
+    show.cost()
+    words = capsys.readouterr().out.split()
+    assert int(words[words.index("MiB") - 1]) > 50  # an interpreter with torch in it
