@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compresskit.affine import Quantized
 from compresskit.code import Array, Bits, Code, Leaf, Sum
 from compresskit.layers import Compressed
-from compresskit.model import compress, layers, uncompressed
+from compresskit.model import compress, layers, tables, uncompressed
 
 VERSION = 1
 NODES = {cls.__name__: cls for cls in (Quantized, Sum)}
@@ -110,7 +110,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         `model`
     """
     contents = read(path)
-    known = layers(model)
+    known = layers(model) | tables(model)
     strange = [name for name in contents.codes if name not in known]
     if strange:
         raise ContainerError(f"{path} holds codes for {strange}; the model has {list(known)}")

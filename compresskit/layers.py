@@ -15,8 +15,16 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether `module` looks rows up in a matrix: nn.Embedding that does not rescale them.
+
+    Its inputs are indices, one-hot vectors in effect, so no moments are collected for it.
+    """
+    return isinstance(module, nn.Embedding) and module.max_norm is None
+
+
 def as_matrix(layer: nn.Module) -> Tensor:
-    """The (m, n) matrix of a layer: of a convolution, output channels by patch entries."""
+    """The (m, n) matrix: of a convolution, output channels by patch entries; of a table, its rows."""
     return layer.weight.detach().flatten(1)
 
 
@@ -38,8 +46,8 @@ def tokens(layer: nn.Module, x: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def compressed(layer: nn.Module, code: Code) -> CompressedLinear | CompressedConv2d:
-    """The layer with `code` for its matrix; its bias stays as it is.
+def compressed(layer: nn.Module, code: Code) -> Compressed:
+    """The layer or table with `code` for its matrix; its bias stays as it is.
 
     Raises
     ------
@@ -50,6 +58,8 @@ def compressed(layer: nn.Module, code: Code) -> CompressedLinear | CompressedCon
         raise ValueError(f"a code of shape {code.shape} for a layer whose matrix is {expected}")
     if isinstance(layer, nn.Linear):
         return CompressedLinear(code, layer.bias)
+    if isinstance(layer, nn.Embedding):
+        return CompressedEmbedding(code)
     return CompressedConv2d(code, layer)
 
 
@@ -61,7 +71,7 @@ class Compressed(nn.Module):
     every call: honest, and slow. `compresskit.model.decoded` decodes once.
     """
 
-    def __init__(self, code: Code, bias: Tensor | None):
+    def __init__(self, code: Code, bias: Tensor | None = None):
         super().__init__()
         self._formula = code
         for path, leaf in code.leaves().items():
@@ -90,6 +100,17 @@ class CompressedLinear(Compressed):
         weight = self.code.decode()
         layer = nn.Linear(*reversed(weight.shape), self.bias is not None, device=weight.device)
         return _filled(layer, weight, self.bias)
+
+
+class CompressedEmbedding(Compressed):
+    """index -> row of code.decode()."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.code.decode())
+
+    def restored(self) -> nn.Embedding:
+        """A dense table with the decoded rows."""
+        return nn.Embedding.from_pretrained(self.code.decode())
 
 
 class CompressedConv2d(Compressed):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.code import Code
-from compresskit.layers import Compressed, as_matrix, compressed, is_layer, tokens
+from compresskit.layers import Compressed, as_matrix, compressed, is_layer, is_table, tokens
 from compresskit.stats import InputStats
 
 Method = Callable[[Tensor, InputStats | None], Code]
@@ -22,6 +22,11 @@ Method = Callable[[Tensor, InputStats | None], Code]
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of `model` that have a matrix, by their dotted names, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_layer(module)}
+
+
+def tables(model: nn.Module) -> dict[str, nn.Module]:
+    """The embedding tables of `model`, by name: compressible, but without input moments."""
+    return {name: module for name, module in model.named_modules() if is_table(module)}
 
 
 @torch.no_grad()
@@ -50,7 +55,8 @@ def collect(
     ------
     ValueError : an unknown name; no batch; a layer that no batch reached
     """
-    watched = _named(model, layers(model) if names is None else names)
+    known = layers(model)
+    watched = _named(model, known, known if names is None else names)
     stats: dict[str, InputStats] = {}
 
     def watch(name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -78,7 +84,7 @@ def compress(
     plan: Mapping[str, Method],
     stats: Mapping[str, InputStats] | None = None,
 ) -> nn.Module:
-    """A copy of `model` whose layers named in `plan` hold the codes that their methods return.
+    """A copy of `model` whose layers and tables named in `plan` hold the codes that their methods return.
 
     Parameters
     ----------
@@ -87,14 +93,14 @@ def compress(
     plan : mapping
         layer name -> method (weight, stats) -> Code; bind options with `functools.partial`
     stats : mapping
-        layer name -> InputStats, as `collect` returns it; a layer without an entry gets None
+        layer name -> InputStats, as `collect` returns it; what has no entry gets None
 
     Raises
     ------
     ValueError : a name that is no layer of the model (those that exist are listed), or whose
         weight another module shares
     """
-    _named(model, plan)
+    _named(model, layers(model) | tables(model), plan)
     model = copy.deepcopy(model)
     for name, method in plan.items():
         layer = model.get_submodule(name)
@@ -208,9 +214,11 @@ def _replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return model
 
 
-def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The named layers of `model`; `ValueError` for a name that is none, or a shared weight."""
-    known, wanted = layers(model), list(names)
+def _named(
+    model: nn.Module, known: Mapping[str, nn.Module], names: Iterable[str]
+) -> dict[str, nn.Module]:
+    """Those of `known` that are named; `ValueError` for an unknown name, or a shared weight."""
+    wanted = list(names)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"no layer is named {unknown}; the model has {list(known)}")

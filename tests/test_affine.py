@@ -179,7 +179,7 @@ def test_scales_are_the_next_stored_value_up(scale_dtype):
 
 def test_a_scale_too_large_for_half_precision_is_refused_with_a_way_out():
     weight = gaussian() * 1e6
-    with pytest.raises(ValueError, match="scale_dtype=torch.float32"):
+    with pytest.raises(ValueError, match=r"scale_dtype=torch\.float32"):
         round_to_nearest(weight, spec=QuantSpec(2))
     assert (
         round_to_nearest(weight, spec=QuantSpec(2), scale_dtype=torch.float32)

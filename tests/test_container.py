@@ -64,7 +64,7 @@ def test_the_file_holds_the_counted_bytes_and_a_header(file, small):
 
 def test_any_safetensors_reader_lists_it(file):
     with safetensors.safe_open(file, "pt") as opened:
-        assert "0:first.levels" in opened.keys()  # noqa: SIM118
+        assert "0:first.levels" in opened.keys()
         assert opened.get_tensor("4.weight").dtype == torch.bfloat16
 
 
@@ -178,7 +178,8 @@ HOSTILE = {
     "no checksums": lambda h, o: h.update(checksums={}),
     "a checksum of another type": lambda h, o: h["checksums"].update({"4.weight": 7}),
     "a tensor beyond the end": lambda h, o: o["4.weight"].update(data_offsets=[0, 10**12]),
-    "overlapping tensors": lambda h, o: o["4.bias"].update(data_offsets=o["4.weight"]["data_offsets"]),
+    "overlapping tensors": lambda h, o: o["4.bias"].update(
+        data_offsets=o["4.weight"]["data_offsets"]),
     "an unknown tensor dtype": lambda h, o: o["4.weight"].update(dtype="F7"),
     "a tensor of another size": lambda h, o: o["4.weight"].update(shape=[2**31, 2**31]),
 }  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compresskit.code import Array
-from compresskit.layers import as_matrix, compressed, is_layer, tokens
+from compresskit.layers import as_matrix, compressed, is_layer, is_table, tokens
 
 CONVOLUTIONS = [
     {},
@@ -55,9 +55,19 @@ def test_the_arrays_of_the_code_follow_the_module_to_another_device():
     assert module.code.tensor.device.type == "meta"
 
 
-def test_grouped_convolutions_and_embeddings_have_no_single_matrix():
-    assert not is_layer(nn.Conv2d(4, 4, 3, groups=2))
+def test_a_table_of_its_own_rows_looks_up_the_same():
+    table, index = nn.Embedding(5, 3, padding_idx=0), torch.tensor([[0, 4], [4, 2]])
+    module = compressed(table, Array(as_matrix(table)))
+    assert torch.equal(module(index), table(index))
+    assert torch.equal(module.restored()(index), table(index))
+
+
+def test_what_is_a_layer_a_table_or_neither():
+    assert not is_layer(nn.Conv2d(4, 4, 3, groups=2))  # no single matrix
     assert not is_layer(nn.Embedding(3, 4))
+    assert is_table(nn.Embedding(3, 4))
+    assert not is_table(nn.Embedding(3, 4, max_norm=1.0))  # rescales rows in place
+    assert not is_table(nn.Linear(3, 4))
 
 
 def test_a_code_of_another_shape_is_refused():

@@ -151,9 +151,11 @@ def test_latency_reports_median_and_quartiles_of_the_counted_rounds():
 REFUSALS = {
     "unequal shapes": (
         lambda: measure.relative_error_db(torch.ones(2, 2), torch.ones(2, 3)), "must be equal"),
-    "no power": (lambda: measure.relative_error_db(torch.zeros(2, 2), torch.ones(2, 2)), "no power"),
+    "no power": (
+        lambda: measure.relative_error_db(torch.zeros(2, 2), torch.ones(2, 2)), "no power"),
     "one item": (lambda: measure.fidelity(torch.ones(1, 2), torch.ones(1, 2)), "two items"),
-    "no labels": (lambda: measure.accuracy(nn.Identity(), torch.ones(2, 2), torch.ones(3)), "3 labels"),
+    "no labels": (
+        lambda: measure.accuracy(nn.Identity(), torch.ones(2, 2), torch.ones(3)), "3 labels"),
     "one token": (lambda: measure.perplexity(nn.Identity(), torch.ones(1)), "two tokens"),
     "a long stride": (
         lambda: measure.token_losses(nn.Identity(), torch.ones(9), window=4, stride=5), "stride=5"),

@@ -135,6 +135,17 @@ def test_a_layer_that_no_batch_reached_is_named(net):
         cm.collect(net, [])
 
 
+def test_tables_are_compressed_without_statistics_and_refused_by_collect():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 2))
+    index = torch.arange(20)
+    assert list(cm.tables(model)) == ["0"]
+    assert list(cm.collect(model, [index])) == ["1"]
+    small = cm.compress(model, int8(["0"]), cm.collect(model, [index]))
+    torch.testing.assert_close(small(index), model(index), rtol=0, atol=0.02)  # 8 bits
+    with pytest.raises(ValueError, match="no layer is named"):
+        cm.collect(model, [index], names=["0"])
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
