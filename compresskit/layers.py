@@ -24,7 +24,7 @@ def is_table(module: nn.Module) -> bool:
 
 
 def as_matrix(layer: nn.Module) -> Tensor:
-    """The (m, n) matrix: of a convolution, output channels by patch entries; of a table, its rows."""
+    """The (m, n) matrix: of a convolution, channels by patch entries; of a table, its rows."""
     return layer.weight.detach().flatten(1)
 
 

@@ -84,7 +84,7 @@ def compress(
     plan: Mapping[str, Method],
     stats: Mapping[str, InputStats] | None = None,
 ) -> nn.Module:
-    """A copy of `model` whose layers and tables named in `plan` hold the codes that their methods return.
+    """A copy of `model` whose layers and tables named in `plan` hold what their methods return.
 
     Parameters
     ----------
