@@ -28,7 +28,6 @@ from compresskit.model import compress, layers, tables, uncompressed
 VERSION = 1
 NODES = {cls.__name__: cls for cls in (Quantized, Sum)}
 LEAVES = {cls.__name__: cls for cls in (Array, Bits)}
-DEEPEST = 16  # nested formulas; more than any composition of methods, less than the stack
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -197,10 +196,8 @@ def _tree(code: Code) -> dict:
     return {"node": type(code).__name__, **plain, **children}
 
 
-def _code(tree: dict, tensors: Mapping[str, dict], prefix: str, depth: int = 0) -> Code:
+def _code(tree: dict, tensors: Mapping[str, dict], prefix: str) -> Code:
     """The inverse of `_tree`, over the file's bytes."""
-    if depth > DEEPEST:
-        raise ValueError(f"formulas nested more than {DEEPEST} deep")
     if "leaf" in tree:
         leaf = LEAVES[tree["leaf"]]
         return leaf.from_bytes(bytes(tensors[prefix.rstrip(".")]["data"]), tree)
@@ -211,7 +208,7 @@ def _code(tree: dict, tensors: Mapping[str, dict], prefix: str, depth: int = 0) 
     values = {name: tree[name] for name in names}
     for name, value in values.items():
         if isinstance(value, dict):
-            values[name] = _code(value, tensors, f"{prefix}{name}.", depth + 1)
+            values[name] = _code(value, tensors, f"{prefix}{name}.")
     return node(**values)
 
 
