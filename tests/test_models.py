@@ -242,6 +242,11 @@ def test_bits_per_byte_scores_each_byte_once_given_what_its_window_holds(decoder
     assert found == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
 
 
+def test_a_text_with_nothing_to_predict_is_refused(decoder):
+    with pytest.raises(ValueError, match=r"1 bytes leave none to predict; give at least 2"):
+        language.bits_per_byte(decoder, random_ids(1))
+
+
 def test_a_model_that_knows_nothing_needs_eight_bits_per_byte(decoder):
     decoder.norm.weight.data.zero_()
     assert language.bits_per_byte(decoder, random_ids(40)) == pytest.approx(8, rel=1e-6)

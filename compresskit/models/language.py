@@ -26,7 +26,13 @@ def bits_per_byte(model: Decoder, ids: Tensor, *, stride: int | None = None) -> 
     ids : (T,) token ids
     stride : windows of the model's context start this many bytes apart, and each scores only
         the bytes that the one before did not reach; default half the context
+
+    Raises
+    ------
+    ValueError : fewer than two bytes, of which the first is never scored
     """
+    if len(ids) < 2:
+        raise ValueError(f"{len(ids)} bytes leave none to predict; give at least 2")
     context = model.config.context
     stride = stride or context // 2
     training = model.training

@@ -107,7 +107,11 @@ def _name(name: str) -> str:
 
 
 def _tokenizer(facts: dict[str, Any]) -> "Tokenizer":
-    """Byte-level pair encoding: digits one by one, other text cut by GPT-2's pattern."""
+    """Byte-level pair encoding: digits one by one, other text cut by GPT-2's pattern.
+
+    So the file's `tokenizer.ggml.pre = smollm` asks. The GGUF loader of transformers 5.23 ignores
+    it and cuts "in  42" into "in", " ", " ", "4", "2", where this has both spaces in one token.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = facts["tokenizer.ggml.tokens"]
