@@ -8,7 +8,7 @@ theorems and exercises take theirs from it.
 import re
 
 from docutils import nodes
-from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles
 
 CHAPTER = re.compile(r"notebooks/(\d\d)_\w+")
 
@@ -25,7 +25,7 @@ def renumber(env, docname, chapter):
 
 
 def setup(app):
-    count = TocTreeCollector.assign_section_numbers
+    count = TocTreeCollectorWithStyles.assign_section_numbers
 
     def assign_section_numbers(self, env):
         before = env.toc_secnumbers
@@ -35,5 +35,5 @@ def setup(app):
                 renumber(env, docname, int(match[1]))
         return [doc for doc, numbers in env.toc_secnumbers.items() if numbers != before.get(doc)]
 
-    TocTreeCollector.assign_section_numbers = assign_section_numbers
+    TocTreeCollectorWithStyles.assign_section_numbers = assign_section_numbers
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,5 +1,9 @@
-"""Pages that ask nothing of the network: MathJax comes along, code for live kernels stays out."""
+"""Pages that ask nothing of the network, repaired where the tools that write them slip.
 
+MathJax comes along, and code for live kernels stays out.
+"""
+
+import re
 import shutil
 from importlib.metadata import distribution
 from pathlib import Path
@@ -39,10 +43,19 @@ def drop_scripts(app, pagename, templatename, context, doctree):
     if "script_files" in context:
         context["script_files"][:] = kept
     if "css_files" in context:
-        context["css_files"][:] = [c for c in context["css_files"] if "thebe" not in str(c.filename)]
+        context["css_files"][:] = [
+            c for c in context["css_files"] if "thebe" not in str(c.filename)
+        ]
+
+
+def drop_doubled_ids(app, pagename, templatename, context, doctree):
+    """sphinx-proof gives every proof one and the same id; an id must be unique on its page."""
+    if body := context.get("body"):
+        context["body"] = re.sub(r' id="proof(-content)?"', "", body)
 
 
 def setup(app):
     app.connect("build-finished", copy_mathjax)
     app.connect("html-page-context", drop_scripts, priority=900)
+    app.connect("html-page-context", drop_doubled_ids, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

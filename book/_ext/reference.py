@@ -53,7 +53,9 @@ class Reference(SphinxDirective):
 
 def keep_bars(app, what, name, obj, options, lines):
     """Docstrings say |x| for the magnitude of x; reStructuredText would read a substitution."""
-    lines[:] = [line if line.lstrip().startswith(">>>") else BAR.sub(r"\\|", line) for line in lines]
+    lines[:] = [
+        line if line.lstrip().startswith(">>>") else BAR.sub(r"\\|", line) for line in lines
+    ]
 
 
 def setup(app):
