@@ -11,6 +11,8 @@ from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 BAR = re.compile(r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)")  # outside of `code`
+ESCAPED_BAR = r"\\|"
+RAISES = re.compile(r"(\w+) : (.+)")
 
 
 def public_names(module):
@@ -51,16 +53,35 @@ class Reference(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def keep_bars(app, what, name, obj, options, lines):
-    """Docstrings say |x| for the magnitude of x; reStructuredText would read a substitution."""
-    lines[:] = [
-        line if line.lstrip().startswith(">>>") else BAR.sub(r"\\|", line) for line in lines
-    ]
+def plain_text(app, what, name, obj, options, lines):
+    """Docstrings are to be read as they stand; two of their habits mean something else here.
+
+    |x| is the magnitude of x, where reStructuredText would look for a substitution. And an entry
+    under "Raises" has its condition on the same line, where napoleon expects it on the next.
+    """
+    section, result = "", []
+    for number, line in enumerate(lines):
+        if set(line.strip()) == {"-"} and number:
+            section = lines[number - 1].strip()
+        entry = RAISES.fullmatch(line) if section == "Raises" else None
+        if entry:
+            result += [entry[1], f"    {BAR.sub(ESCAPED_BAR, entry[2])}"]
+        elif line.lstrip().startswith(">>>"):
+            result.append(line)
+        else:
+            result.append(BAR.sub(ESCAPED_BAR, line))
+    lines[:] = result
+
+
+def skip(app, what, name, obj, skipped, options):
+    """A named tuple's docstring explains its fields; what Python adds to each says nothing."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
 def setup(app):
     # A property's sentence may hold a colon; napoleon would take what stands before it for a type.
     GoogleDocstring._parse_attribute_docstring = lambda self: list(self._consume_to_end())
-    app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon's 500
+    app.connect("autodoc-skip-member", skip)
     app.add_directive("reference", Reference)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
