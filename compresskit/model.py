@@ -17,6 +17,7 @@ from compresskit.layers import Compressed, as_matrix, compressed, is_layer, is_t
 from compresskit.stats import InputStats
 
 Method = Callable[[Tensor, InputStats | None], Code]
+_CHUNK = 1024  # tokens per (n, n) product: small batches are gathered before they are summed
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -58,10 +59,18 @@ def collect(
     known = layers(model)
     watched = _named(model, known, known if names is None else names)
     stats: dict[str, InputStats] = {}
+    pending: dict[str, list[Tensor]] = {name: [] for name in watched}
 
     def watch(name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen = InputStats.of(tokens(layer, args[0] if args else kwargs["input"]))
+        # cloned: what follows the layer may change its input in place
+        pending[name].append(tokens(layer, args[0] if args else kwargs["input"]).clone())
+        if sum(map(len, pending[name])) >= _CHUNK:
+            merge(name)
+
+    def merge(name: str) -> None:
+        seen = InputStats.of(torch.cat(pending[name]))
         stats[name] = stats[name] + seen if name in stats else seen
+        pending[name].clear()
 
     training = model.training
     with ExitStack() as stack:
@@ -72,6 +81,9 @@ def collect(
             stack.callback(hook.remove)
         for batch in batches:
             run(model, batch)
+    for name in watched:
+        if pending[name]:
+            merge(name)
     missing = [name for name in watched if name not in stats]
     if missing:
         raise ValueError(f"no batch reached {missing}; give a batch or more that runs every layer")

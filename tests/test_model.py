@@ -48,6 +48,25 @@ def test_collect_does_not_depend_on_the_batches_and_leaves_no_trace(net, x):
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
+def test_many_small_batches_and_layers_that_work_in_place_are_seen_as_they_were():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5))
+
+    class Overwrites(nn.Module):
+        def forward(self, x):
+            y = model(x)
+            x.zero_()  # after the first layer has seen it
+            return y
+
+    x = torch.randn(2500, 5)
+    expected = InputStats.of(x)
+    wrapper = Overwrites()
+    wrapper.model = model
+    stats = cm.collect(wrapper, list(x.clone().split(7)))
+    assert stats["model.0"].count == 2500
+    torch.testing.assert_close(stats["model.0"].second, expected.second, rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_are_removed_when_the_model_fails(net):
     with pytest.raises(RuntimeError):
         cm.collect(net, [torch.zeros(1, 2, 3)])
