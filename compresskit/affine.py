@@ -76,7 +76,8 @@ def percentile(groups: Tensor, spec: QuantSpec, *, q: float = 99.9) -> tuple[Ten
     """The range that holds `q` percent of each group, by nearest rank; the rest is clipped.
 
     Symmetric: the q-th percentile of |w|, on both sides. Asymmetric: (100 - q)/2 percent of the
-    weights are clipped on each side.
+    weights are clipped on each side. A group too short to have that many is not clipped at all:
+    at 99.9, one of fewer than about 500 (symmetric) or 1000 weights gets its min-max range.
 
     Raises
     ------
@@ -120,7 +121,7 @@ def mse(groups: Tensor, spec: QuantSpec, *, steps: int = 64) -> tuple[Tensor, Te
         widest = (spec.levels - spec.center - 0.5) / (spec.levels - spec.center - 1)
     best = torch.full_like(low, torch.inf)
     chosen = torch.ones_like(low)
-    for ratio in [1.0, *(widest * k / steps for k in range(1, steps + 1))]:
+    for ratio in sorted({1.0, *(widest * k / steps for k in range(1, steps + 1))}):
         scale, zero = _scale_and_zero(ratio * low, ratio * high, spec)
         rounded = _value(
             _nearest(groups, scale[..., None], zero[..., None], spec.levels),
@@ -135,7 +136,7 @@ def mse(groups: Tensor, spec: QuantSpec, *, steps: int = 64) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The grids of one matrix: value = scale * (level - zero), one scale and zero per group.
+    """The grids of one (m, n) matrix: value = scale * (level - zero), one scale and zero per group.
 
     Parameters
     ----------
@@ -145,6 +146,8 @@ class Grid:
     zero : (r, c) tensor
     group_size : int
         columns per group
+    shape : tuple
+        (m, n)
     scale_dtype : torch.dtype
         how `scale` is stored; its values are exact in that type
     """
@@ -153,10 +156,13 @@ class Grid:
     scale: Tensor
     zero: Tensor
     group_size: int
+    shape: tuple[int, int]
     scale_dtype: torch.dtype = torch.float16
 
     def nearest(self, weight: Tensor) -> Tensor:
         """(m, n) levels of the grid points nearest to `weight`; ties go to the even level."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} on a grid for {self.shape}")
         scale, zero = (
             _spread(t, self.group_size, weight.shape[1]) for t in (self.scale, self.zero)
         )
@@ -197,10 +203,13 @@ def fit_grid(
 
     Raises
     ------
-    ValueError : not a matrix, empty, not finite, or with a scale that `scale_dtype` cannot hold
+    ValueError : not a matrix, empty, not finite, or so large or small that `scale_dtype` cannot
+        hold its largest scale
 
     Notes
     -----
+    A group of much smaller weights than the others gets a scale of at least the smallest number
+    of `scale_dtype` (6e-8 in float16), so it may lose them, by half of that each.
     The symmetric scale is reach / (levels - center - 1/2): the last cell ends where the range
     does. It is the 2 reach / (2**bits - 1) of the GPTQ reference code, finer than the common
     reach / (2**(bits-1) - 1). Book: chapter "The uniform quantizer".
@@ -226,7 +235,7 @@ def fit_grid(
             ranges.append(fit(weight[:, None, whole:], spec))
     low, high = (torch.cat(ends, dim=1) for ends in zip(*ranges, strict=True))
     scale, zero = _scale_and_zero(low, high, spec, scale_dtype)
-    return Grid(spec, scale, zero, size, scale_dtype)
+    return Grid(spec, scale, zero, size, (rows, columns), scale_dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,18 +259,12 @@ class Quantized(Code):
     zero: Code
     group_size: int
 
-    def decode(self) -> Tensor:
-        levels, scale, zero = self.levels.decode(), self.scale.decode(), self.zero.decode()
-        self._check(tuple(levels.shape), tuple(scale.shape), tuple(zero.shape))
-        columns = levels.shape[1]
-        zero = _spread(zero, self.group_size, columns)
-        return _value(levels, _spread(scale, self.group_size, columns), zero)
-
-    def _check(self, levels: tuple, scale: tuple, zero: tuple) -> None:
+    def __post_init__(self):
+        levels, scale, zero = self.levels.shape, self.scale.shape, self.zero.shape
         size = self.group_size
-        if len(levels) != 2 or type(size) is not int or size < 1:
+        if len(levels) != 2 or type(size) is not int or not 1 <= size <= levels[1]:
             raise ValueError(
-                f"levels of shape {levels} in groups of {size!r}; (m, n) and 1 or more"
+                f"levels of shape {levels} in groups of {size!r}; (m, n) and 1 to n are needed"
             )
         groups = -(-levels[1] // size)
         if scale not in ((levels[0], groups), (1, groups)) or zero not in (scale, (1, 1)):
@@ -269,6 +272,15 @@ class Quantized(Code):
                 f"levels of shape {levels} in groups of {size} need scales of shape"
                 f" {(levels[0], groups)}, not {scale}, and zeros like them or (1, 1), not {zero}"
             )
+
+    def decode(self) -> Tensor:
+        size, columns = self.group_size, self.levels.shape[1]
+        scale, zero = (_spread(c.decode(), size, columns) for c in (self.scale, self.zero))
+        return _value(self.levels.decode(), scale, zero)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.levels.shape
 
 
 def _scale_and_zero(
@@ -281,7 +293,7 @@ def _scale_and_zero(
         return _round_up(reach / (spec.levels - spec.center - 0.5), dtype), zero
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _round_up((high - low) / (spec.levels - 1), dtype)
-    return scale, torch.round(_ratio(-low, scale)).clamp(0, spec.levels - 1)
+    return scale, torch.round(_ratio(-low, scale))
 
 
 def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -290,11 +302,11 @@ def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.float32:
         below = (stored.float() < scale).to(torch.int16)
         stored = (stored.view(torch.int16) + below).view(dtype)  # the next float up, as scale >= 0
-    if not torch.isfinite(stored).all():
-        raise ValueError(
-            f"a scale of {scale.max():.3g} does not fit {dtype}; use scale_dtype=torch.float32"
-        )
-    return stored.float()
+    largest, stored = scale.max(), stored.float()
+    if not torch.isfinite(stored).all() or stored.max() > 1.25 * largest:
+        cure = "rescale the weight" if dtype == torch.float32 else "use scale_dtype=torch.float32"
+        raise ValueError(f"a scale of {largest:.3g} is out of the range of {dtype}; {cure}")
+    return stored
 
 
 def _ratio(weight: Tensor, scale: Tensor) -> Tensor:

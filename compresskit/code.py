@@ -34,7 +34,7 @@ class Code(ABC):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the decoded tensor."""
+        """Shape of the decoded tensor; a node that knows it without decoding says so itself."""
         return tuple(self.decode().shape)
 
     def children(self) -> dict[str, Code]:
@@ -91,6 +91,10 @@ class Leaf(Code):
     @abstractmethod
     def from_bytes(cls, data: bytes, header: dict) -> Leaf:
         """The leaf that `data` holds; `ValueError` if `data` and `header` do not fit together."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
 
     def leaves(self, prefix: str = "") -> dict[str, Leaf]:
         return {prefix.rstrip("."): self}
@@ -210,14 +214,19 @@ class Sum(Code):
     first: Code
     second: Code
 
-    def decode(self) -> Tensor:
-        first, second = self.first.decode(), self.second.decode()
-        if first.shape != second.shape:
+    def __post_init__(self):
+        if self.first.shape != self.second.shape:
             raise ValueError(
-                f"the terms of a Sum have shapes {tuple(first.shape)} and {tuple(second.shape)};"
+                f"the terms of a Sum have shapes {self.first.shape} and {self.second.shape};"
                 " they must be equal"
             )
-        return first + second
+
+    def decode(self) -> Tensor:
+        return self.first.decode() + self.second.decode()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.first.shape
 
 
 def check_shape(shape) -> tuple[list[int], int]:

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from compresskit.affine import Quantized
@@ -72,24 +73,27 @@ def save(model: nn.Module, path: str | Path, *, note: Mapping | None = None) -> 
     path : str or Path
     note : mapping
         anything that JSON can say about the model
+
+    Raises
+    ------
+    ValueError : a parameter of a dtype that the format does not have, such as complex64
     """
     codes = {n: m.code for n, m in model.named_modules() if isinstance(m, Compressed)}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in uncompressed(model).items()}
+    tensors = {name: _storable(name, tensor) for name, tensor in uncompressed(model).items()}
     for name, code in codes.items():
         for leaf_path, leaf in code.leaves().items():
-            octets = bytearray(leaf.to_bytes())
-            stored = torch.frombuffer(octets, dtype=torch.uint8) if octets else torch.empty(0)
-            tensors[f"{name}:{leaf_path}"] = stored.to(torch.uint8)
+            octets = np.frombuffer(leaf.to_bytes(), np.uint8).copy()
+            tensors[f"{name}:{leaf_path}"] = torch.from_numpy(octets)
     header = {
+        "file": _NO_SUM,  # the first of its kind in the file, whatever the note may hold
         "format": VERSION,
         "codes": {name: _tree(code) for name, code in codes.items()},
         "checksums": {name: _sum(_octets(tensor)) for name, tensor in tensors.items()},
         "note": dict(note or {}),
-        "file": _NO_SUM,
     }
-    text = json.dumps(header)
-    data = to_safetensors(tensors, {"compresskit": text})
+    data = serialized(tensors, {"compresskit": json.dumps(header)})
     data = data.replace(_NO_SUM.encode(), _sum(data).encode(), 1)
+    _contents(data)  # what cannot be read back is not written
     _write(Path(path), data)
     return len(data)
 
@@ -109,11 +113,13 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         `model`
     """
     contents = read(path)
+    if any(tensor.is_meta for tensor in uncompressed(model).values()):
+        raise ContainerError("the model is on the meta device; call model.to_empty(device='cpu')")
     known = layers(model) | tables(model)
     strange = [name for name in contents.codes if name not in known]
     if strange:
         raise ContainerError(f"{path} holds codes for {strange}; the model has {list(known)}")
-    plan = {name: lambda w, s, code=code: code for name, code in contents.codes.items()}
+    plan = {n: lambda w, s, code=code: code.to(w.device) for n, code in contents.codes.items()}
     try:
         model = compress(model, plan)
     except ValueError as error:
@@ -139,7 +145,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 def read(path: str | Path) -> Contents:
     """The codes and parameters in a file, after every checksum and every shape was verified.
 
-    Nothing is unpickled and nothing is allocated that the file does not pay for with bytes.
+    Nothing is unpickled or decoded. Memory stays within a few times the file's size, but for
+    integers of few bits: in memory each of them takes a byte.
 
     Raises
     ------
@@ -148,29 +155,35 @@ def read(path: str | Path) -> Contents:
     """
     data = Path(path).read_bytes()
     try:
-        tensors, header = _parsed(data)
-        _verify(data, tensors, header)
-        used = {f"{name}:{leaf}" for name, tree in header["codes"].items() for leaf in _paths(tree)}
-        codes = {}
-        for name, tree in header["codes"].items():
-            codes[name] = _code(tree, tensors, f"{name}:")
-            codes[name].decode()  # a code whose parts do not fit each other is refused here
-        parameters = {n: _tensor(t) for n, t in tensors.items() if n not in used}
-        return Contents(codes, parameters, header["note"])
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError,
+        return _contents(data)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, MemoryError,
             RecursionError, OverflowError, safetensors.SafetensorError) as error:  # fmt: skip
-        message = f"{path} is not a sound compresskit file: {error or type(error).__name__}"
-        raise ContainerError(message) from error
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        reason = reason or type(error).__name__
+        raise ContainerError(f"{path} is not a sound compresskit file: {reason}") from error
 
 
-def _parsed(data: bytes) -> tuple[dict[str, dict], dict]:
-    """The raw tensors and our header. Offsets, overlaps and lengths are safetensors' to check."""
-    tensors = dict(safetensors.deserialize(data))
+def _contents(data: bytes) -> Contents:
+    """The inverse of what `save` writes, and of nothing else."""
+    tensors = dict(safetensors.deserialize(data))  # it checks offsets, overlaps and lengths
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["compresskit"])
-    if header["format"] != VERSION:
+    text = json.loads(data[8 : 8 + length])["__metadata__"]["compresskit"]
+    header = json.loads(text)
+    if type(header["format"]) is not int or header["format"] != VERSION:
         raise ValueError(f"format {header['format']!r}; this version reads format {VERSION}")
-    return tensors, header
+    if json.dumps(header) != text or not isinstance(header["note"], dict):
+        raise ValueError("the header is not as this package writes it")
+    _verify(data, tensors, header)
+    codes = {name: _code(tree, tensors, f"{name}:") for name, tree in header["codes"].items()}
+    if json.dumps({name: _tree(code) for name, code in codes.items()}) != json.dumps(
+        header["codes"]
+    ):
+        raise ValueError("the header describes its codes otherwise than this package does")
+    used = {f"{name}:{path}" for name, code in codes.items() for path in code.leaves()}
+    if any(tensors[name]["dtype"] != "U8" or len(tensors[name]["shape"]) != 1 for name in used):
+        raise ValueError("the arrays of codes are not stored as bytes")
+    parameters = {name: _tensor(t) for name, t in tensors.items() if name not in used}
+    return Contents(codes, parameters, header["note"])
 
 
 def _verify(data: bytes, tensors: dict[str, dict], header: dict) -> None:
@@ -179,11 +192,9 @@ def _verify(data: bytes, tensors: dict[str, dict], header: dict) -> None:
     for name, tensor in tensors.items():
         if _sum(tensor["data"]) != header["checksums"][name]:
             raise ValueError(f"the bytes of {name!r} do not have their checksum")
-    stored = header["file"].encode()
-    if (
-        len(stored) != len(_NO_SUM)
-        or _sum(data.replace(stored, _NO_SUM.encode(), 1)) != stored.decode()
-    ):
+    start = data.index(header["file"].encode())
+    parts = data[:start], _NO_SUM.encode(), memoryview(data)[start + len(_NO_SUM) :]
+    if _sum(*parts) != header["file"]:
         raise ValueError("the file does not have its checksum: its header was changed")
 
 
@@ -212,13 +223,6 @@ def _code(tree: dict, tensors: Mapping[str, dict], prefix: str) -> Code:
     return node(**values)
 
 
-def _paths(tree: dict, prefix: str = "") -> list[str]:
-    if "leaf" in tree:
-        return [prefix.rstrip(".")]
-    children = ((name, value) for name, value in tree.items() if isinstance(value, dict))
-    return [path for name, value in children for path in _paths(value, f"{prefix}{name}.")]
-
-
 def _tensor(raw: dict) -> Tensor:
     dtype = DTYPES[raw["dtype"]]
     if not raw["data"]:
@@ -226,12 +230,23 @@ def _tensor(raw: dict) -> Tensor:
     return torch.frombuffer(bytearray(raw["data"]), dtype=dtype).reshape(raw["shape"])
 
 
+def _storable(name: str, tensor: Tensor) -> Tensor:
+    """A copy with storage of its own, which safetensors wants of every tensor."""
+    if tensor.dtype not in DTYPES.values():
+        kinds = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
+        raise ValueError(f"{name!r} is {tensor.dtype}; a file holds {', '.join(kinds)}")
+    return tensor.cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _octets(tensor: Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def _sum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sum(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _kind(tensor: Tensor | None) -> str:

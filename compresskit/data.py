@@ -104,7 +104,8 @@ def pydoc_topics() -> dict[str, str]:
     The same whatever Python runs; `pydoc_installed_difference` compares.
 
     Notes
-    -----    Copyright Python Software Foundation, PSF License Version 2 (assets/LICENSE-PSF.txt).
+    -----
+    Copyright Python Software Foundation, PSF License Version 2 (assets/LICENSE-PSF.txt).
     """
     return json.loads(lzma.decompress(asset("pydoc_topics.xz")))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,8 +12,13 @@ from compresskit.code import Code
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `module` is one linear map of its inputs: nn.Linear, or nn.Conv2d with groups=1."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    """Whether `module` is one linear map of its inputs: nn.Linear, or nn.Conv2d with groups=1.
+
+    A subclass counts only if it computes the same: a `forward` of its own would be lost.
+    """
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and type(module).forward is nn.Conv2d.forward
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def is_table(module: nn.Module) -> bool:
@@ -20,7 +26,9 @@ def is_table(module: nn.Module) -> bool:
 
     Its inputs are indices, one-hot vectors in effect, so no moments are collected for it.
     """
-    return isinstance(module, nn.Embedding) and module.max_norm is None
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    return type(module).forward is nn.Embedding.forward
 
 
 def as_matrix(layer: nn.Module) -> Tensor:
@@ -56,27 +64,36 @@ def compressed(layer: nn.Module, code: Code) -> Compressed:
     expected = tuple(as_matrix(layer).shape)
     if code.shape != expected:
         raise ValueError(f"a code of shape {code.shape} for a layer whose matrix is {expected}")
-    if isinstance(layer, nn.Linear):
-        return CompressedLinear(code, layer.bias)
-    if isinstance(layer, nn.Embedding):
-        return CompressedEmbedding(code)
-    return CompressedConv2d(code, layer)
+    kinds = {nn.Linear: CompressedLinear, nn.Embedding: CompressedEmbedding}
+    found = [kind for base, kind in kinds.items() if isinstance(layer, base)]
+    return (found[0] if found else CompressedConv2d)(code, layer)
 
 
 class Compressed(nn.Module):
     """A layer whose weight is a code; the code's arrays are buffers of the module.
 
-    So `.to(device)`, `state_dict` and `deepcopy` work as everywhere in PyTorch. (`.half()` does
-    too, on floating-point leaves only, and changes what is stored.) The weight is decoded at
-    every call: honest, and slow. `compresskit.model.decoded` decodes once.
+    So `.to(device)`, `state_dict` and `deepcopy` work as everywhere in PyTorch. `.half()`, `.to`
+    another dtype and the like change the dtype of the bias and of the decoded weight, never what
+    is stored. The weight is decoded at every call: honest, and slow. `compresskit.model.decoded`
+    decodes once.
+
+    Parameters
+    ----------
+    code : Code
+    layer : nn.Module
+        what it replaces
     """
 
-    def __init__(self, code: Code, bias: Tensor | None = None):
+    def __init__(self, code: Code, layer: nn.Module):
         super().__init__()
-        self._formula = code
+        # Classes and plain fields of the formula; the bytes are in the buffers alone.
+        self._formula = code.to("meta")
         for path, leaf in code.leaves().items():
-            self.register_buffer(_buffer_name(path), leaf.tensor)
+            self.register_buffer(_buffer_name(path), leaf.tensor.detach().clone())
+        bias = getattr(layer, "bias", None)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.kernel_shape = tuple(layer.weight.shape)
+        self.dtype = layer.weight.dtype
 
     @property
     def code(self) -> Code:
@@ -85,40 +102,62 @@ class Compressed(nn.Module):
             lambda path, leaf: replace(leaf, tensor=getattr(self, _buffer_name(path)))
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, in the shape and dtype of the layer that was replaced."""
+        return self.code.decode().reshape(self.kernel_shape).to(self.dtype)
+
+    def restored(self) -> nn.Module:
+        """A dense layer of the original kind with the decoded weight."""
+        weight = self.weight
+        layer = self._dense().to(weight)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return layer.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{type(self._formula).__name__}, {self.code.nbytes:,} bytes"
+
+    def _dense(self) -> nn.Module:
+        raise TypeError(f"{type(self).__name__} does not say which layer it stands for")
+
+    def _apply(self, fn, recurse: bool = True) -> Compressed:
+        stored = {_buffer_name(p): leaf.tensor for p, leaf in self.code.leaves().items()}
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            setattr(self, name, tensor.to(getattr(self, name).device))
+        device = next(iter(stored.values())).device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return self
 
 
 class CompressedLinear(Compressed):
     """x -> code.decode() x + bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.code.decode().to(x.dtype), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
-    def restored(self) -> nn.Linear:
-        """A dense layer with the decoded weight."""
-        weight = self.code.decode()
-        layer = nn.Linear(*reversed(weight.shape), self.bias is not None, device=weight.device)
-        return _filled(layer, weight, self.bias)
+    def _dense(self) -> nn.Linear:
+        out, inputs = self.kernel_shape
+        return nn.utils.skip_init(nn.Linear, inputs, out, bias=self.bias is not None)
 
 
 class CompressedEmbedding(Compressed):
     """index -> row of code.decode()."""
 
     def forward(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.code.decode())
+        return F.embedding(index, self.weight)
 
-    def restored(self) -> nn.Embedding:
-        """A dense table with the decoded rows."""
-        return nn.Embedding.from_pretrained(self.code.decode())
+    def _dense(self) -> nn.Embedding:
+        return nn.utils.skip_init(nn.Embedding, *self.kernel_shape)
 
 
 class CompressedConv2d(Compressed):
     """A convolution whose kernels, as an (out, in * height * width) matrix, are `code.decode()`."""
 
     def __init__(self, code: Code, layer: nn.Conv2d):
-        super().__init__(code, layer.bias)
-        self.kernel_shape = tuple(layer.weight.shape)
+        super().__init__(code, layer)
         self.options = {
             "stride": layer.stride,
             "padding": layer.padding,
@@ -127,23 +166,12 @@ class CompressedConv2d(Compressed):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.restored().to(x.dtype)(x)
+        return self.restored()(x)
 
-    def restored(self) -> nn.Conv2d:
-        """A dense layer with the decoded kernels."""
-        out, channels, *size = self.kernel_shape
-        weight = self.code.decode().reshape(self.kernel_shape)
-        layer = nn.utils.skip_init(
-            nn.Conv2d, channels, out, size, bias=self.bias is not None, **self.options
-        )
-        return _filled(layer.to(weight.device), weight, self.bias)
-
-
-def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return layer
+    def _dense(self) -> nn.Conv2d:
+        out, inputs, *size = self.kernel_shape
+        bias = self.bias is not None
+        return nn.utils.skip_init(nn.Conv2d, inputs, out, size, bias=bias, **self.options)
 
 
 def _buffer_name(path: str) -> str:

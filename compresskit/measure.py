@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.code import Code
+from compresskit.model import evaluating
 from compresskit.stats import InputStats
 from compresskit.theory import linear_layer_rate
 
@@ -31,15 +33,17 @@ def relative_error_db(
 
     Returns
     -------
-    float, in dB; -inf when nothing was lost
+    float, in dB; -inf when the output does not change
     """
     weight, delta = _delta(weight, approx)
     if stats is None:
-        error, power = delta.square().sum().item(), weight.square().sum().item()
+        error, power = (t.double().square().sum().item() for t in (delta, weight))
     else:
-        error, power = stats.distortion(delta).item(), stats.distortion(weight).item()
+        error, power = (stats.distortion(t).item() for t in (delta, weight))
     if not power > 0:
         raise ValueError("the output has no power, so no error is relative to it")
+    if not math.isfinite(error / power):
+        raise ValueError("the weight or its approximation holds values that are not finite")
     return 10 * math.log10(error / power) if error > 0 else -math.inf
 
 
@@ -65,15 +69,15 @@ def gap(weight: Tensor, code: Code, stats: InputStats, *, damp: float = 0.0) -> 
 
     Returns
     -------
-    float, in bits per weight; -inf when the code is exact, which no finite rate buys
+    float, in bits per weight; -inf when the output does not change, which no finite rate buys
     """
     weight, delta = _delta(weight, code)
-    second = stats.damped(damp).double()
-    distortion = ((delta.double() @ second) * delta.double()).sum().item() / len(weight)
+    stats = replace(stats, second=stats.damped(damp))
+    distortion = stats.distortion(delta).item() / len(weight)
     variance = weight.double().square().mean().item()
     if distortion == 0:
         return -math.inf
-    return bits_per_weight(code) - linear_layer_rate(variance, second, distortion)
+    return bits_per_weight(code) - linear_layer_rate(variance, stats.second, distortion)
 
 
 class Fidelity(NamedTuple):
@@ -109,7 +113,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch: int = 1000) -> fl
     if len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} inputs and {len(y)} labels; as many of each, and one or more")
     pairs = zip(x.split(batch), y.split(batch), strict=True)
-    return sum((model(a).argmax(1) == b).sum().item() for a, b in pairs) / len(x)
+    with evaluating(model):
+        return sum((model(a).argmax(1) == b).sum().item() for a, b in pairs) / len(x)
 
 
 @torch.no_grad()
@@ -126,7 +131,7 @@ def token_losses(model: nn.Module, tokens: Tensor, *, window: int, stride: int) 
     stride : int
         1 to `window`: tokens by which the window moves. With stride = window no context is carried
         over and the first token of each window is not predicted; with a smaller one every token
-        but the text's first is predicted from window - stride others or more
+        but the text's first is, after the first window from window - stride others or more
 
     Returns
     -------
@@ -138,15 +143,16 @@ def token_losses(model: nn.Module, tokens: Tensor, *, window: int, stride: int) 
             " or more in one row, and 1 <= stride <= window, for instance 512 and 256"
         )
     losses, done = [], 1
-    for start in range(0, len(tokens), stride):
-        part = tokens[start : start + window]
-        first = max(done - start, 1)
-        if len(part) > first:
-            logits = model(part[None])[0, first - 1 : -1].float()
-            losses.append(F.cross_entropy(logits, part[first:].long(), reduction="none"))
-        done = start + len(part)
-        if done == len(tokens):
-            break
+    with evaluating(model):
+        for start in range(0, len(tokens), stride):
+            part = tokens[start : start + window]
+            first = max(done - start, 1)
+            if len(part) > first:
+                logits = model(part[None])[0, first - 1 : -1].float()
+                losses.append(F.cross_entropy(logits, part[first:].long(), reduction="none"))
+            done = start + len(part)
+            if done == len(tokens):
+                break
     return torch.cat(losses)
 
 

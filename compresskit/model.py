@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,17 +72,15 @@ def collect(
         stats[name] = stats[name] + seen if name in stats else seen
         pending[name].clear()
 
-    training = model.training
     with ExitStack() as stack:
-        stack.callback(model.train, training)
-        model.eval()
+        stack.enter_context(evaluating(model))
         for name, layer in watched.items():
             hook = layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
             stack.callback(hook.remove)
         for batch in batches:
             run(model, batch)
     for name in watched:
-        if pending[name]:
+        if any(map(len, pending[name])):
             merge(name)
     missing = [name for name in watched if name not in stats]
     if missing:
@@ -131,6 +129,18 @@ def decoded(model: nn.Module) -> nn.Module:
     return model
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in evaluation mode; afterwards each in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @dataclass(frozen=True)
 class Size:
     """One stored array: what it belongs to, how it is stored, how many bytes.
@@ -142,11 +152,14 @@ class Size:
     stored : str
         formula and path of the leaf, or the dtype of what was left alone
     nbytes : int
+    in_code : bool
+        whether it is part of a code
     """
 
     name: str
     stored: str
     nbytes: int
+    in_code: bool
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,7 @@ class SizeTable:
     @property
     def compressed_nbytes(self) -> int:
         """Bytes of the compressed layers' codes alone."""
-        return sum(row.nbytes for row in self.rows if "." in row.stored)
+        return sum(row.nbytes for row in self.rows if row.in_code)
 
     @property
     def bits_per_weight(self) -> float:
@@ -194,11 +207,11 @@ def size_table(model: nn.Module) -> SizeTable:
         if isinstance(module, Compressed):
             code = module.code
             kind = type(code).__name__
-            rows += [Size(name, f"{kind}.{path}", n) for path, n in code.size_table().items()]
+            rows += [Size(name, f"{kind}.{path}", n, True) for path, n in code.size_table().items()]
             weights += torch.Size(code.shape).numel()
     for name, tensor in uncompressed(model).items():
         stored = str(tensor.dtype).removeprefix("torch.")
-        rows.append(Size(name, stored, tensor.numel() * tensor.element_size()))
+        rows.append(Size(name, stored, tensor.numel() * tensor.element_size(), False))
     return SizeTable(tuple(rows), weights)
 
 
@@ -238,7 +251,12 @@ def _named(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in wanted:
-        shared = owners[id(known[name].weight)]
+        shared = owners.get(id(known[name].weight))
+        if shared is None:
+            raise ValueError(
+                f"the weight of {name!r} is computed from other parameters; make it one of its"
+                " own first, for instance with torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if len(shared) > 1:
             raise ValueError(
                 f"the weight of {name!r} is tied: {shared}; untie it before compressing"

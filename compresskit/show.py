@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-# One color per idea, the same on every page; all of them read on white and on black.
+# All of them read on white and on black.
 INK = "#7d8590"
 COLORS = ("#3b82c4", "#d9742b", "#3f9b6c", "#b05fb0", "#c0504d", "#8a8d2f")
 
@@ -22,18 +22,22 @@ def claim(text: str, holds: bool) -> None:
     Parameters
     ----------
     text : a sentence about what was computed, with the numbers in it
-    holds : whether it is true
+    holds : whether it is true, a bool of Python, NumPy or torch
 
     Raises
     ------
     AssertionError : it is not
+    TypeError : not a bool; a number would be true whatever it says, and so would NaN
 
     Examples
     --------
     >>> claim("2 + 2 = 4", 2 + 2 == 4)
     ✓ 2 + 2 = 4
     """
-    if not bool(holds):
+    holds = getattr(holds, "item", lambda: holds)()
+    if not isinstance(holds, bool):
+        raise TypeError(f"a claim holds or not; give a bool, not {holds!r}")
+    if not holds:
         raise AssertionError(f"this claim is false: {text}")
     print(f"✓ {text}")
 

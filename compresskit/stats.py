@@ -103,15 +103,18 @@ class InputStats:
         return linalg.damped(self.second, fraction)
 
     def distortion(self, delta: Tensor) -> Tensor:
-        """E||delta x||^2 = tr(delta E[x x^T] delta^T), a scalar tensor.
+        """E||delta x||^2 = tr(delta E[x x^T] delta^T), a scalar float64 tensor, never negative.
+
+        In float64, because an error may lie in directions that the inputs hardly have.
 
         Parameters
         ----------
         delta : (m, n) tensor
             a weight error
         """
-        delta = delta.to(self.second)
-        return ((delta @ self.second) * delta).sum()
+        second = self.second.double()
+        delta = delta.to(second)
+        return ((delta @ second) * delta).sum().clamp(min=0)
 
     def to(self, device: torch.device | str) -> InputStats:
         """The same moments on `device`."""

@@ -177,8 +177,9 @@ def test_scales_are_the_next_stored_value_up(scale_dtype):
     assert ((below < ideal) & (ideal <= scale)).all()
 
 
-def test_a_scale_too_large_for_half_precision_is_refused_with_a_way_out():
-    weight = gaussian() * 1e6
+@pytest.mark.parametrize("unit", [1e6, 1e-8])
+def test_a_scale_out_of_the_range_of_half_precision_is_refused_with_a_way_out(unit):
+    weight = gaussian() * unit
     with pytest.raises(ValueError, match=r"scale_dtype=torch\.float32"):
         round_to_nearest(weight, spec=QuantSpec(2))
     assert (
@@ -187,6 +188,20 @@ def test_a_scale_too_large_for_half_precision_is_refused_with_a_way_out():
         .isfinite()
         .all()
     )
+
+
+def test_weights_too_large_for_any_scale_are_refused():
+    with pytest.raises(ValueError, match="rescale the weight"):
+        round_to_nearest(
+            torch.tensor([[3e38, -3e38]]), spec=QuantSpec(4), scale_dtype=torch.float32
+        )
+
+
+def test_a_grid_refuses_a_weight_of_another_shape():
+    weight = gaussian(4, 128)
+    grid = fit_grid(weight, QuantSpec(4, group_size=64))
+    with pytest.raises(ValueError, match=r"a grid for \(4, 128\)"):
+        grid.nearest(weight[:, 64:65])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -249,15 +264,15 @@ def test_other_options_out_of_range_are_refused():
         ((4, 6), (3, 3), (3, 3), 2),
         ((4, 6), (4, 3), (1, 3), 2),
         ((4, 6), (4, 6), (4, 6), 0),
+        ((4, 6), (4, 1), (4, 1), 7),
         ((24,), (1, 1), (1, 1), 24),
     ],
 )
 def test_parts_of_a_quantized_matrix_that_do_not_fit_are_refused(levels, scale, zero, size):
-    code = Quantized(
+    parts = (
         Bits(torch.zeros(levels, dtype=torch.uint8), 4),
         Array(torch.ones(scale)),
         Bits(torch.zeros(zero, dtype=torch.uint8), 4),
-        size,
     )
     with pytest.raises(ValueError, match="levels of shape"):
-        code.decode()
+        Quantized(*parts, size)

@@ -113,6 +113,10 @@ def test_bytes_and_header_that_do_not_fit_are_refused(leaf, data, header, messag
 
 
 def test_a_sum_of_unequal_shapes_is_refused():
-    code = Sum(Array(torch.zeros(2, 3)), Array(torch.zeros(3)))
     with pytest.raises(ValueError, match="must be equal"):
-        code.decode()
+        Sum(Array(torch.zeros(2, 3)), Array(torch.zeros(3)))
+
+
+def test_the_shape_is_that_of_the_decoded_tensor(nested):
+    for code in (nested, nested.first, nested.first.levels, nested.first.scale):
+        assert code.shape == tuple(code.decode().shape)

@@ -43,7 +43,10 @@ def file(small, tmp_path):
     return path
 
 
-def test_a_loaded_model_is_the_saved_one(file, small, net):
+@torch.no_grad()
+def test_a_loaded_model_is_the_saved_one_whatever_was_there_before(file, small, net):
+    for tensor in net.state_dict().values():
+        tensor.fill_(7)
     again = container.load(file, net)
     for (name, a), (other, b) in zip(
         small.state_dict().items(), again.state_dict().items(), strict=True
@@ -83,6 +86,25 @@ def test_what_was_read_is_what_was_written(file):
     assert "3.running_mean" in contents.parameters
 
 
+def test_a_note_may_hold_anything_that_json_can(small, tmp_path):
+    note = {"commit": "0" * 64, "file": ["0" * 64], "é": None}
+    container.save(small, tmp_path / "a", note=note)
+    assert container.read(tmp_path / "a").note == note
+
+
+def test_a_parameter_that_no_file_holds_is_refused_before_anything_is_written(net, tmp_path):
+    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"'phase' is torch\.complex64; a file holds float64"):
+        container.save(net, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_buffers_that_share_memory_are_stored_apart(net, tmp_path):
+    net.register_buffer("view", net[2].weight.data)
+    container.save(net, tmp_path / "a")
+    assert torch.equal(container.read(tmp_path / "a").parameters["view"], net[2].weight)
+
+
 def test_an_uncompressed_model_can_be_stored(net, tmp_path):
     container.save(net, tmp_path / "dense")
     assert torch.equal(container.load(tmp_path / "dense", net)[2].weight, net[2].weight)
@@ -97,7 +119,7 @@ def test_loading_leaves_the_given_model_alone(file, net):
 # --- damage ------------------------------------------------------------------------------------
 
 
-def test_every_flipped_byte_is_noticed(tmp_path):
+def test_a_flip_in_every_byte_is_noticed(tmp_path):
     path = tmp_path / "tiny"
     container.save(compress(nn.Linear(3, 2), {"": residual}), path)
     whole = path.read_bytes()
@@ -156,6 +178,10 @@ def deep(header, outer):
 
 HOSTILE = {
     "another format": lambda h, o: h.update(format=2),
+    "a format that is true": lambda h, o: h.update(format=True),
+    "a note that is a list": lambda h, o: h.update(note=[]),
+    "junk in a leaf": lambda h, o: h["codes"]["2"]["levels"].update(junk=1),
+    "a leaf and a node in one": lambda h, o: h["codes"]["2"]["levels"].update(node="Sum"),
     "no codes": lambda h, o: h.pop("codes"),
     "codes of another type": lambda h, o: h.update(codes=[1]),
     "an unknown node": lambda h, o: h["codes"]["2"].update(node="Pickle"),
@@ -195,7 +221,7 @@ def test_a_hostile_header_with_right_checksums_is_refused(file, change):
 def test_formulas_nested_to_exhaustion_are_refused(file, depth):
     """Deep JSON by itself, deep formulas whose arrays do not exist: no crash, no hang."""
     tree = '{"node": "Sum", "first": ' * depth + "1" + ', "second": 1}' * depth
-    header = {"format": 1, "codes": {"2": "?"}, "checksums": {}, "note": {}, "file": "0" * 64}
+    header = {"file": "0" * 64, "format": 1, "codes": {"2": "?"}, "checksums": {}, "note": {}}
     text = json.dumps(header).replace('"?"', tree)
     raw = json.dumps({"__metadata__": {"compresskit": text}}).encode()
     file.write_bytes(len(raw).to_bytes(8, "little") + raw)
@@ -220,6 +246,11 @@ def test_a_file_for_another_model_is_refused(file, net):
     net[2] = nn.Linear(9, 4)
     with pytest.raises(container.ContainerError, match="does not fit the model"):
         container.load(file, net)
+
+
+def test_a_model_without_memory_is_refused(file, net):
+    with pytest.raises(container.ContainerError, match="meta device"):
+        container.load(file, net.to("meta"))
 
 
 def test_parameters_of_another_shape_dtype_or_name_are_refused(file, net):

@@ -55,6 +55,11 @@ def test_the_arrays_of_the_code_follow_the_module_to_another_device():
     assert module.code.tensor.device.type == "meta"
 
 
+def test_the_decoded_weight_has_the_layers_shape():
+    layer, _ = layer_and_input({})
+    assert torch.equal(compressed(layer, Array(as_matrix(layer))).weight, layer.weight)
+
+
 def test_a_table_of_its_own_rows_looks_up_the_same():
     table, index = nn.Embedding(5, 3, padding_idx=0), torch.tensor([[0, 4], [4, 2]])
     module = compressed(table, Array(as_matrix(table)))

@@ -35,6 +35,25 @@ def test_a_tenth_of_the_weight_is_twenty_decibels_down(layer):
     assert measure.relative_error_db(weight, 1.1 * weight, stats) == pytest.approx(-20, abs=1e-4)
     assert measure.relative_error_db(weight, 1.1 * weight) == pytest.approx(-20, abs=1e-4)
     assert measure.relative_error_db(weight, weight) == -math.inf
+    assert measure.relative_error_db(weight, weight, stats) == -math.inf
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_not_finite_is_not_reported_as_small(layer, value):
+    weight, stats, _ = layer
+    broken = weight.clone()
+    broken[0, 0] = value
+    for moments in (None, stats):
+        with pytest.raises(ValueError, match="not finite"):
+            measure.relative_error_db(weight, broken, moments)
+
+
+def test_an_error_that_the_inputs_hardly_meet_is_small_and_has_a_gap_all_the_same():
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    missing = torch.linalg.svd(x).Vh[-4:]
+    assert measure.relative_error_db(weight, weight + missing, InputStats.of(x)) < -50
+    measure.gap(weight, Array(weight + missing), InputStats.of(x))  # no refusal of a -1e-8
 
 
 def test_bits_per_weight_count_every_leaf():
@@ -114,6 +133,39 @@ def test_each_token_is_predicted_once_from_its_window(window, stride, length):
     torch.testing.assert_close(losses, single)
 
 
+class Sums(nn.Module):
+    """Logits that depend on every token of the window so far."""
+
+    def forward(self, tokens):
+        total = tokens.cumsum(1).float()
+        return torch.stack([torch.sin(total * k) for k in range(1, 6)], -1)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 4), (8, 7), (6, 1)])
+def test_a_token_is_predicted_from_all_of_its_window(window, stride):
+    tokens = torch.randint(0, 5, (23,), generator=torch.Generator().manual_seed(0))
+    expected, done = [], 1
+    for start in range(0, 23, stride):
+        end = min(start + window, 23)
+        for position in range(max(done, start + 1), end):
+            logits = Sums()(tokens[None, start:position])[0, -1]
+            expected.append(-logits.log_softmax(0)[tokens[position]])
+        done = max(done, end)
+    found = measure.token_losses(Sums(), tokens, window=window, stride=stride)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_measuring_neither_trains_nor_drops_anything():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    model[1].eval()
+    x, before = torch.randn(50, 4), model[0].running_mean.clone()
+    first = measure.accuracy(model, x, x.argmax(1))
+    assert measure.accuracy(model, x, x.argmax(1)) == first
+    assert torch.equal(model[0].running_mean, before)
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     model = Bigram(torch.zeros(7, 7))
     tokens = torch.arange(70) % 7
@@ -136,11 +188,9 @@ def test_accuracy_counts():
 
 
 def test_latency_reports_median_and_quartiles_of_the_counted_rounds():
-    ticks = iter([0, 99, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5])
-    timing = measure.latency({"a": lambda: None}, warmup=0, repeats=6, clock=lambda: next(ticks))[
-        "a"
-    ]
-    assert timing == (3.5, 2.25, 4.75)
+    ticks = iter([50, 60, 0, 99, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5])
+    times = measure.latency({"a": list}, warmup=2, repeats=6, clock=lambda: next(ticks))
+    assert times == {"a": (3.5, 2.25, 4.75)}
     calls = []
     measure.latency(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, warmup=1, repeats=2

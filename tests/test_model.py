@@ -67,6 +67,18 @@ def test_many_small_batches_and_layers_that_work_in_place_are_seen_as_they_were(
     torch.testing.assert_close(stats["model.0"].second, expected.second, rtol=1e-4, atol=1e-5)
 
 
+def test_each_module_returns_to_its_own_mode(net, x):
+    net.train()
+    net[2].eval()
+    cm.collect(net, [x])
+    assert [module.training for module in net] == [i != 2 for i in range(7)]
+
+
+def test_an_expert_that_gets_no_token_in_a_batch_is_no_error(net, x):
+    stats = cm.collect(net[6:], [torch.zeros(0, 10), torch.randn(5, 10)])
+    assert stats["6"].count == 5
+
+
 def test_hooks_are_removed_when_the_model_fails(net):
     with pytest.raises(RuntimeError):
         cm.collect(net, [torch.zeros(1, 2, 3)])
@@ -163,6 +175,47 @@ def test_tables_are_compressed_without_statistics_and_refused_by_collect():
     torch.testing.assert_close(small(index), model(index), rtol=0, atol=0.02)  # 8 bits
     with pytest.raises(ValueError, match="no layer is named"):
         cm.collect(model, [index], names=["0"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_stays_one(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 2), nn.Unflatten(1, (1, 1, 2)))
+    model = model.append(nn.Conv2d(1, 2, (1, 2))).to(dtype)
+    index = torch.arange(20)
+    small = cm.compress(model, int8(cm.tables(model) | cm.layers(model)))
+    assert small(index).dtype == dtype
+    assert torch.equal(cm.decoded(small)(index), small(index))
+    stored = small[1].code.decode()
+    moved = small.to(torch.float32)
+    assert moved(index).dtype == torch.float32
+    assert torch.equal(moved[1].code.decode(), stored)
+    assert moved[1].code.scale.tensor.dtype == torch.float16
+
+
+def test_a_code_is_not_changed_through_the_model_that_holds_it():
+    code = round_to_nearest(torch.randn(3, 4), spec=QuantSpec(4))
+    before = code.decode()
+    small = cm.compress(nn.Linear(4, 3), {"": lambda w, s: code})
+    small.load_state_dict({k: torch.zeros_like(v) for k, v in small.state_dict().items()})
+    assert torch.equal(code.decode(), before)
+    assert small.code.decode().abs().max() == 0
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_is_computed_is_refused(wrap):
+    model = nn.Sequential(wrap(nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match="computed from other parameters"):
+        cm.compress(model, int8(["0"]))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_no_layer():
+    assert cm.layers(nn.Sequential(Doubled(4, 3), nn.Linear(3, 2))).keys() == {"1"}
 
 
 class Tied(nn.Module):

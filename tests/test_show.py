@@ -1,6 +1,7 @@
 """Claims can fail; figures follow the page."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,17 @@ def test_a_true_claim_is_printed(capsys):
     assert capsys.readouterr().out == "✓ 1 < 2\n✓ so says a tensor\n"
 
 
-@pytest.mark.parametrize("false", [False, torch.tensor(False), 0])
+@pytest.mark.parametrize("false", [False, torch.tensor(False), np.float64(1) > 2])
 def test_a_false_claim_stops_the_notebook(false, capsys):
     with pytest.raises(AssertionError, match="this claim is false: 2 < 1"):
         show.claim("2 < 1", false)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [1, 0.0, float("nan"), torch.tensor(1.0), "yes", None])
+def test_what_is_neither_true_nor_false_is_no_claim(number):
+    with pytest.raises(TypeError, match="give a bool"):
+        show.claim("a number", number)
 
 
 def test_a_plot_names_its_curves_at_their_ends():

@@ -36,7 +36,6 @@ def pydoc_lm(*, device: torch.device | str = "cpu") -> Decoder:
     return store.restore(
         lambda record: Decoder(DecoderConfig(**record["recipe"]["model"])),
         "pydoc_lm",
-        "smollm2",
         device=device,
     )
 
