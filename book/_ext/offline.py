@@ -48,14 +48,19 @@ def drop_scripts(app, pagename, templatename, context, doctree):
         ]
 
 
-def drop_doubled_ids(app, pagename, templatename, context, doctree):
-    """sphinx-proof gives every proof one and the same id; an id must be unique on its page."""
+def repair_body(app, pagename, templatename, context, doctree):
+    """Two slips in the pages' HTML.
+
+    sphinx-proof gives every proof one and the same id, which must be unique on its page. And
+    docutils calls a bibliography a list, while its entries say that they are something else.
+    """
     if body := context.get("body"):
-        context["body"] = re.sub(r' id="proof(-content)?"', "", body)
+        body = re.sub(r' id="proof(-content)?"', "", body)
+        context["body"] = body.replace('role="list" class="citation-list"', 'class="citation-list"')
 
 
 def setup(app):
     app.connect("build-finished", copy_mathjax)
     app.connect("html-page-context", drop_scripts, priority=900)
-    app.connect("html-page-context", drop_doubled_ids, priority=900)
+    app.connect("html-page-context", repair_body, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
