@@ -26,8 +26,9 @@ __all__ = [
 def pydoc_lm(*, device: torch.device | str = "cpu") -> Decoder:
     """The book's language model: (N, T) byte values -> (N, T, 256) logits of the next byte.
 
-    A decoder trained on the training split of `data.pydoc()`; recipe, curve and checksum are in
-    assets/pydoc_lm.json. Not trained on anything else, so it knows no other text.
+    Six blocks of width 128, 1.3 million parameters, trained on the training split of
+    `data.pydoc()` in windows of 256 bytes, so measure it in such windows. Recipe, curve and
+    checksum are in assets/pydoc_lm.json. It has seen nothing else, and knows no other text.
 
     Raises
     ------
