@@ -127,6 +127,12 @@ def test_the_embedding_is_also_the_head_and_stored_once(decoder):
         torch.testing.assert_close(decoder(ids)[..., 200], 2 * before[..., 200])
 
 
+def test_a_window_longer_than_the_trained_context_is_refused(decoder):
+    decoder(random_ids(1, 16))
+    with pytest.raises(ValueError, match=r"17 tokens at once; .* windows of 16: cut the text"):
+        decoder(random_ids(1, 17))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -172,6 +172,10 @@ class Decoder(nn.Module):
 
     The head is the embedding matrix itself (`F.linear(x, embed.weight)`), stored once; it is
     therefore no `nn.Linear`, and a plan over linear layers does not meet it.
+
+    Raises
+    ------
+    ValueError : more tokens at once than `config.context`: beyond it predictions are poor
     """
 
     def __init__(self, config: DecoderConfig):
@@ -183,6 +187,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.eps)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > self.config.context:
+            raise ValueError(
+                f"{ids.shape[1]} tokens at once; this model was trained on windows of "
+                f"{self.config.context}: cut the text into such windows"
+            )
         x = self.drop(self.embed(ids))
         for block in self.blocks:
             x = block(x)
