@@ -188,6 +188,17 @@ def test_a_killed_and_resumed_run_gives_the_same_weights(little, tmp_path, monke
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("dropout", "differ"), [(0.5, True), (0.0, False)])
+def test_each_step_drops_other_activations(dropout, differ):
+    recipe = Recipe(replace(SMALL, dropout=dropout), steps=10**9, warmup=1)  # equal rates
+    after = []
+    for step in (5, 6):
+        model = initialized(recipe)
+        language._update(model, language._optimizer(model, recipe), random_ids(4, 17), recipe, step)
+        after.append(model.blocks[0].attn.q.weight.detach())
+    assert ((after[0] - after[1]).abs().max() > recipe.rate) == differ
+
+
 def test_another_seed_gives_other_weights(little, tmp_path):
     one, two = (
         language.train(
