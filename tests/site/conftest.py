@@ -125,12 +125,11 @@ SIDEWAYS = """() => {
                                         e.textContent.trim().slice(0, 60))];
 }"""
 
-AXE = """async () => {
-  const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
-  // MathJax draws for the eye and keeps MathML beside it; its own tests are not ours to repeat
-  const page = {include: document, exclude: ["mjx-container"]};
-  const found = await axe.run(page, {runOnly: {type: "tag", values: tags},
-                                         resultTypes: ["violations"], preload: false});
+# The night differs from the day in its colors only.
+AXE = """async (scheme) => {
+  const tags = {type: "tag", values: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]};
+  const runOnly = scheme === "dark" ? {type: "rule", values: ["color-contrast"]} : tags;
+  const found = await axe.run(document, {runOnly, resultTypes: ["violations"], preload: false});
   return found.violations.filter((v) => ["serious", "critical"].includes(v.impact)).map(
     (v) => v.id + ": " + v.nodes.slice(0, 4).map((n) => n.target.join(" ")).join(", "));
 }"""
@@ -142,8 +141,11 @@ def axe_source():
     return Path(package.locate_file("axe_playwright_python/axe.min.js")).read_text(encoding="utf-8")
 
 
-def look(browser, url, *, axe=True):
-    """Open a page as a reader would, on a desk and on a phone, by day and by night."""
+def look(browser, url, *, axe=True, listings=True):
+    """Open a page as a reader would, on a desk and on a phone, by day and by night.
+
+    Without `axe` its accessibility is not looked into, without `listings` that of code is not.
+    """
     visit = Visit()
     host = url.split("/")[2] if url.startswith("http") else None
     page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
@@ -168,7 +170,13 @@ def look(browser, url, *, axe=True):
     visit.nameless_images = page.evaluate(
         "() => [...document.images].filter((i) => !i.alt.trim()).map((i) => i.src)"
     )
+    page.set_viewport_size({"width": 360, "height": 740})
+    visit.sideways = page.evaluate(SIDEWAYS)
     if axe:
+        page.set_viewport_size({"width": 1280, "height": 900})
+        # What MathJax draws is tested where MathJax is made; and listings are colored alike.
+        away = "mjx-container" if listings else "mjx-container, pre"
+        page.evaluate("away => document.querySelectorAll(away).forEach(e => e.remove())", away)
         page.evaluate(axe_source())
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
@@ -176,9 +184,7 @@ def look(browser, url, *, axe=True):
                 "scheme => (document.documentElement.dataset.theme ?? scheme) === scheme",
                 arg=scheme,
             )
-            visit.violations[scheme] = page.evaluate(AXE)
-    page.set_viewport_size({"width": 360, "height": 740})
-    visit.sideways = page.evaluate(SIDEWAYS)
+            visit.violations[scheme] = page.evaluate(AXE, scheme)
     page.close()
     return visit
 
@@ -187,7 +193,19 @@ def look(browser, url, *, axe=True):
 def seen(browser, address):
     """seen(path) is the Visit of that page; each is opened once.
 
-    axe takes its time, and looks at one page of source code in place of all, which are made alike.
+    axe takes its time on code, so it looks into that of one chapter and of one page of source.
     """
-    alike = [page for page in pages() if page.startswith("_modules/compresskit/")][1:]
-    return functools.cache(lambda p: look(browser, f"{address}/{p}", axe=p not in alike))
+    every = pages()
+    source = [page for page in every if page.startswith("_modules/compresskit/")]
+    chapters = [page for page in every if page.startswith("notebooks/")]
+
+    @functools.cache
+    def visit(path):
+        return look(
+            browser,
+            f"{address}/{path}",
+            axe=path not in source[1:],
+            listings=path not in chapters[1:],
+        )
+
+    return visit
