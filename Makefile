@@ -89,8 +89,10 @@ _build/.library: $(PACKAGE) $(call files,book/results) requirements.lock
 	rm -rf _build/.jupyter_cache
 	@touch $@
 
+# Always from nothing: a page that was written with a warning must not pass the second time, and a
+# page that was removed must go. The outputs come from the cache, so this takes seconds a chapter.
 _build/.book: $(STAMP) _build/.library $(PAGES)
-	@rm -f $@
+	@rm -rf $@ _build/html _build/.doctrees
 	$(BIN)/python book/_tools/execute.py --jobs $(JOBS) --cache _build/.jupyter_cache $(NOTEBOOKS) book/index.md
-	$(BIN)/jupyter-book build . -W -n --keep-going --all
+	$(BIN)/jupyter-book build . -W -n --keep-going --all || { rm -rf _build/html _build/.doctrees; exit 1; }
 	@touch $@
