@@ -75,8 +75,9 @@ def cross_entropy(p, q, *, axis=-1, unit="bits"):
 def kl_divergence(p, q, *, axis=-1, unit="bits"):
     """KL(p || q) = sum p log(p / q): the cost of the code for q where p is true; inf if q = 0 < p.
 
-    Summed as p ln(p/q) - p + q. These terms have the same sum and are never negative (Gibbs'
-    inequality, term by term), so nearly equal p and q lose no digits to cancellation.
+    Summed as p ln(p/q) - p + q, never negative (Gibbs' inequality, term by term). The sum is the
+    same if p and q have equal sums; else it differs by sum q - sum p, at most 2e-6 nats. Where p
+    and q differ by d, it is right to about 1e-16 / d; the literal sum only to 1e-16 / d^2.
 
     Parameters
     ----------
@@ -189,12 +190,12 @@ def gaussian_distortion(rate, variance):
     Parameters
     ----------
     rate, variance : float or array_like
-        at least 0, broadcast against each other
+        at least 0, broadcast against each other; the variance is finite, the rate need not be
 
     Raises
     ------
     ValueError
-        a negative or NaN entry
+        a negative or NaN entry, an infinite variance
 
     References
     ----------
@@ -205,7 +206,8 @@ def gaussian_distortion(rate, variance):
     >>> gaussian_distortion(1.0, 4.0)
     1.0
     """
-    return _result(_nonnegative(variance, "variance") * np.exp2(-2 * _nonnegative(rate, "rate")))
+    variance = _finite(_nonnegative(variance, "variance"), "variance")
+    return _result(variance * np.exp2(-2 * _nonnegative(rate, "rate")))
 
 
 def gaussian_rate(distortion, variance):
@@ -236,7 +238,7 @@ def reverse_water_filling(variances, distortion):
     Parameters
     ----------
     variances : (n,) array_like
-        of independent Gaussians, at least 0
+        of independent Gaussians, at least 0 and finite
     distortion : float or (...) array_like
         the TOTAL squared error over the n components
 
@@ -248,7 +250,7 @@ def reverse_water_filling(variances, distortion):
     Raises
     ------
     ValueError
-        a negative or NaN entry, or `variances` not a non-empty vector
+        a negative or NaN entry, or `variances` not finite or not a non-empty vector
 
     References
     ----------
@@ -260,7 +262,7 @@ def reverse_water_filling(variances, distortion):
     >>> fill.level, fill.rates.tolist()
     (1.0, [1.0, 0.0, 0.0])
     """
-    variances = _nonnegative(variances, "variances")
+    variances = _finite(_nonnegative(variances, "variances"), "variances")
     distortion = _nonnegative(distortion, "distortion")
     if variances.ndim != 1 or variances.size == 0:
         raise ValueError(f"variances has shape {variances.shape}; give a vector such as [4.0, 1.0]")
@@ -284,7 +286,7 @@ def linear_layer_rate(weight_variance, second_moment, distortion):
     Parameters
     ----------
     weight_variance : float
-        at least 0
+        one number, at least 0, for all weights
     second_moment : (n, n) array_like
         S: symmetric and positive semidefinite up to 1e-5 of its largest entry and eigenvalue
         (float32 moments); eigenvalues within that below 0 count as 0
@@ -299,7 +301,8 @@ def linear_layer_rate(weight_variance, second_moment, distortion):
     Raises
     ------
     ValueError
-        a negative or NaN number, S not square, not symmetric or not semidefinite
+        a negative, NaN or infinite number, a `weight_variance` that is not one number, S not
+        square, not symmetric or not semidefinite
 
     References
     ----------
@@ -310,7 +313,13 @@ def linear_layer_rate(weight_variance, second_moment, distortion):
     >>> linear_layer_rate(1.0, [[4.0, 0.0], [0.0, 4.0]], 2.0)
     1.0
     """
-    moment = _array(second_moment, "second_moment")
+    weight_variance = _nonnegative(weight_variance, "weight_variance")
+    if weight_variance.ndim != 0:
+        raise ValueError(
+            f"weight_variance has shape {weight_variance.shape}; give one number for all weights, "
+            "such as 0.01"
+        )
+    moment = _finite(_array(second_moment, "second_moment"), "second_moment")
     if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or moment.size == 0:
         raise ValueError(f"second_moment has shape {moment.shape}; give a square matrix (n, n)")
     if np.abs(moment - moment.T).max() > 1e-5 * np.abs(moment).max():
@@ -321,7 +330,7 @@ def linear_layer_rate(weight_variance, second_moment, distortion):
             f"second_moment has the eigenvalue {eigenvalues[0]:.3g}, so it is no E[x x^T]; "
             "give a positive semidefinite matrix, e.g. x.T @ x / len(x)"
         )
-    variances = _nonnegative(weight_variance, "weight_variance") * np.maximum(eigenvalues, 0.0)
+    variances = weight_variance * np.maximum(eigenvalues, 0.0)
     return _result(reverse_water_filling(variances, distortion).rates.mean(-1))
 
 
@@ -336,14 +345,15 @@ def sqnr_db(signal, error):
     Raises
     ------
     ValueError
-        shapes that differ, NaN
+        shapes that differ, an entry that is NaN or infinite
 
     Examples
     --------
     >>> sqnr_db([10.0, 0.0], [0.0, 1.0])
     20.0
     """
-    signal, error = _array(signal, "signal"), _array(error, "error")
+    signal = _finite(_array(signal, "signal"), "signal")
+    error = _finite(_array(error, "error"), "error")
     if signal.shape != error.shape:
         raise ValueError(f"signal has shape {signal.shape}, error {error.shape}; give equal shapes")
     scale = np.abs(error).max(initial=0.0)
@@ -367,6 +377,12 @@ def _nonnegative(x, name):
     x = _array(x, name)
     if (x < 0).any():
         raise ValueError(f"{name} holds {x.min()}; give numbers of at least 0")
+    return x
+
+
+def _finite(x, name):
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds an infinite number; give finite ones")
     return x
 
 

@@ -4,6 +4,7 @@ The theorems themselves, with their false variants, are in test_ch02_theorems.py
 """
 
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -241,11 +242,35 @@ def test_subnormal_probabilities_neither_overflow_nor_vanish():
     assert theory.gaussian_distortion(2000.0, 1.0) == 0
 
 
-def test_nearly_equal_distributions_keep_their_digits():
-    for step in [1e-3, 1e-6, 1e-9, 1e-12]:
-        p = np.array([0.5 + step, 0.5 - step])
-        got = theory.kl_divergence(p, [0.5, 0.5], unit="nats")
-        assert got == pytest.approx(2 * (p[0] - 0.5) ** 2, rel=1e-3)  # next term: step^2
+def exact_coins(p, q):
+    """KL of the coins with heads p and q, decimal fractions, in nats to 50 digits."""
+    with localcontext(prec=50):
+        p, q = Decimal(p), Decimal(q)
+        return float(p * (p / q).ln() + (1 - p) * ((1 - p) / (1 - q)).ln())
+
+
+def digits_kept(divergence):
+    """Is `divergence` right to a few 1e-16 / step for coins whose heads differ by step?"""
+    for step in ["1e-3", "1e-6", "1e-9", "1e-12"]:
+        heads = Decimal("0.3") + Decimal(step)  # like 0.3, not a float64: off by up to 3e-17
+        p, q = np.array([float(heads), float(1 - heads)]), np.array([0.3, 0.7])
+        exact = exact_coins(heads, "0.3")
+        if abs(divergence(p, q) / exact - 1) > 4e-16 / float(step):
+            return False
+    return True
+
+
+def test_coins_that_differ_by_a_step_lose_only_the_digits_of_one_over_the_step():
+    assert digits_kept(lambda p, q: theory.kl_divergence(p, q, unit="nats"))
+    assert not digits_kept(lambda p, q: (p * np.log(p / q)).sum())  # loses them twice
+
+
+def test_sums_that_miss_1_move_the_divergence_by_no_more_than_they_miss_it():
+    p, q = np.array([0.3, 0.7]), np.array([0.4, 0.6])
+    exact = theory.kl_divergence(p, q, unit="nats")
+    for miss in [-9e-7, 9e-7]:  # a scaled q has the same p - q up to miss and shifts ln q by it
+        assert abs(theory.kl_divergence(p, q * (1 + miss), unit="nats") - exact) < 1e-12
+        assert abs(theory.kl_divergence(p * (1 + miss), q, unit="nats") - exact) < abs(miss)
 
 
 def test_no_rate_buys_no_distortion_except_of_a_constant():
@@ -356,7 +381,16 @@ def test_an_unknown_unit_is_refused(call):
         (lambda: theory.linear_layer_rate(-1.0, np.eye(2), 1.0), "weight_variance holds -1.0"),
         (lambda: theory.linear_layer_rate(1.0, np.eye(2), -1.0), "distortion holds -1.0"),
         (lambda: theory.sqnr_db([1.0], [1.0, 2.0]), r"signal has shape \(1,\), error \(2,\)"),
+        (
+            lambda: theory.linear_layer_rate([1.0, 4.0], np.eye(2), 1.0),
+            r"weight_variance has shape \(2,\); give one number",
+        ),
+        (lambda: theory.linear_layer_rate(1.0, [[math.inf]], 1.0), "second_moment holds an infin"),
+        (lambda: theory.gaussian_distortion(math.inf, math.inf), "variance holds an infinite"),
+        (lambda: theory.reverse_water_filling([math.inf], math.inf), "variances holds an infinite"),
         (lambda: theory.sqnr_db([math.nan], [1.0]), "signal holds NaN"),
+        (lambda: theory.sqnr_db([math.inf], [1.0]), "signal holds an infinite number"),
+        (lambda: theory.sqnr_db([1.0], [math.inf]), "error holds an infinite number"),
     ],
 )
 def test_a_number_outside_its_range_is_refused(call, why):
