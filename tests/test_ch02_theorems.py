@@ -315,6 +315,7 @@ def test_lengths_belong_to_a_code_exactly_if_their_kraft_sum_is_at_most_one():
 def test_some_decodable_codes_are_not_prefix_codes():
     assert uniquely_decodable(["0", "01", "11"])  # so McMillan says more than Kraft
     assert not uniquely_decodable(["0", "01", "10"])  # 010 has two readings
+    assert not uniquely_decodable(["0", "1", "01"])  # and so has 01
 
 
 @pytest.mark.false_variant("thm-kraft")
