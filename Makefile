@@ -58,7 +58,7 @@ notebooks: $(STAMP) ## run every notebook again and store its text outputs
 	$(BIN)/python book/_tools/execute.py --jobs $(JOBS) --inplace $(NOTEBOOKS)
 
 models: $(STAMP) ## train the book's small models again
-	$(BIN)/python -m compresskit.models.train all
+	$(BIN)/python -m compresskit.recipes.train all
 
 results: $(STAMP) ## run the long experiments again, into book/results
 	$(BIN)/python book/_tools/results.py

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compresskit import data, models
-from compresskit.models import language, smol, store, train
+from compresskit import data, measure, models
+from compresskit.models import smol, store
 from compresskit.models.decoder import Attention, Decoder, DecoderConfig, RMSNorm, rotary
-from compresskit.models.recipe import Recipe, Windows, initialized
+from compresskit.recipes import language, train
+from compresskit.recipes.recipe import Recipe, Windows, initialized
 
 REFERENCES = json.loads((Path(__file__).parent / "data" / "model_references.json").read_text())
 SMALL = DecoderConfig(vocab=256, width=32, layers=2, heads=4, kv_heads=4, hidden=48, context=16)
@@ -164,7 +165,7 @@ def test_training_lowers_both_losses_and_reports_its_curve(little, tmp_path):
     assert [entry["step"] for entry in curve] == [6, 12, 18, 24]
     assert curve[-1]["train"] < curve[0]["train"] < 8.2  # 8 bits: all bytes alike
     best = min(entry["calibration"] for entry in curve)
-    assert language.bits_per_byte(model, data.text(little.calibration)) == best
+    assert language.score(model, data.text(little.calibration)) == best
 
 
 def test_a_killed_and_resumed_run_gives_the_same_weights(little, tmp_path, monkeypatch):
@@ -242,31 +243,9 @@ def test_a_text_shorter_than_a_batch_is_refused(little):
         Windows(("short",), TINY)
 
 
-@pytest.mark.parametrize("stride", [1, 5, 8, 16])
-def test_bits_per_byte_scores_each_byte_once_given_what_its_window_holds(decoder, stride):
-    ids, context = random_ids(61), SMALL.context
-    total, scored = 0.0, {0}
-    for start in range(0, 60, stride):
-        window = ids[start : start + context + 1]
-        chances = decoder(window[None, :-1])[0].log_softmax(-1)
-        for i in range(1, len(window)):
-            if start + i not in scored:
-                total -= chances[i - 1, window[i]].item()
-                scored.add(start + i)
-    assert scored == set(range(61))
-    expected = total / math.log(2) / 60
-    found = language.bits_per_byte(decoder, ids, stride=stride)
-    assert found == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
-
-
-def test_a_text_with_nothing_to_predict_is_refused(decoder):
-    with pytest.raises(ValueError, match=r"1 bytes leave none to predict; give at least 2"):
-        language.bits_per_byte(decoder, random_ids(1))
-
-
 def test_a_model_that_knows_nothing_needs_eight_bits_per_byte(decoder):
     decoder.norm.weight.data.zero_()
-    assert language.bits_per_byte(decoder, random_ids(40)) == pytest.approx(8, rel=1e-6)
+    assert language.score(decoder, random_ids(40)) == pytest.approx(8, rel=1e-6)
 
 
 def test_the_command_trains_keeps_and_reloads(little, tmp_path, monkeypatch):
@@ -282,7 +261,7 @@ def test_the_command_trains_keeps_and_reloads(little, tmp_path, monkeypatch):
         "pydoc_lm",
         folder=tmp_path,
     )
-    quality = language.bits_per_byte(model, data.text(little.calibration))
+    quality = language.score(model, data.text(little.calibration))
     assert quality == record["bits_per_byte"]["test"]
     assert store.record("digits_mlp", folder=tmp_path)["recipe"]["epochs"] == 1
 
@@ -299,15 +278,15 @@ def test_pydoc_lm_beats_xz_even_when_xz_has_read_the_training_text():
 
     alone = packed(test) / len(test)
     informed = (packed(seen + test) - packed(seen)) / len(test)
-    bits = language.bits_per_byte(models.pydoc_lm(), data.text(splits.test))
+    bits = language.score(models.pydoc_lm(), data.text(splits.test))
     assert bits == pytest.approx(record["bits_per_byte"]["test"], abs=1e-3)  # other processors
     assert bits < informed < alone
 
 
 def test_pydoc_lm_knows_its_training_text_better_than_the_test_and_not_by_heart():
     splits, model = data.pydoc(), models.pydoc_lm()
-    seen = language.bits_per_byte(model, data.text(splits.train)[:8192])
-    unseen = language.bits_per_byte(model, data.text(splits.test)[:8192])
+    seen = language.score(model, data.text(splits.train)[:8192])
+    unseen = language.score(model, data.text(splits.test)[:8192])
     assert 0.3 < seen < unseen
 
 
@@ -317,7 +296,7 @@ def test_pydoc_lm_needs_the_order_of_the_text():
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     share = torch.bincount(ids).double() / len(ids)
     entropy = -(share * share.clamp_min(1e-12).log2()).sum().item()
-    assert language.bits_per_byte(models.pydoc_lm(), ids[order]) > entropy
+    assert language.score(models.pydoc_lm(), ids[order]) > entropy
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +308,7 @@ def sets():
 def test_a_classifier_is_as_accurate_as_its_record_says(name, sets):
     record, model = store.record(name), getattr(models, name)()
     samples = sets[record["recipe"]["samples"]]
-    found = train.accuracy(model, samples.test_x, samples.test_y)
+    found = measure.accuracy(model, samples.test_x, samples.test_y)
     one = 1 / len(samples.test_y)  # a tie may fall otherwise on another processor
     assert found == pytest.approx(record["accuracy"]["test"], abs=1.01 * one)
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
@@ -338,7 +317,7 @@ def test_a_classifier_is_as_accurate_as_its_record_says(name, sets):
 def test_the_convolutional_net_is_far_better_at_shifted_drawings(sets):
     samples = sets["mnist1d"]
     flat, convolved = (
-        train.accuracy(model, samples.test_x, samples.test_y)
+        measure.accuracy(model, samples.test_x, samples.test_y)
         for model in (models.mnist1d_mlp(), models.mnist1d_cnn())
     )
     assert flat > 0.6

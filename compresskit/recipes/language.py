@@ -1,6 +1,5 @@
 """Training of the book's byte model, resumable to the same weights after a kill."""
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,43 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compresskit import data
+from compresskit import data, measure
 from compresskit.models.decoder import Decoder
-from compresskit.models.recipe import Recipe, Windows, initialized
+from compresskit.recipes.recipe import Recipe, Windows, initialized
 
 
-@torch.no_grad()
-def bits_per_byte(model: Decoder, ids: Tensor, *, stride: int | None = None) -> float:
-    """-mean log2 p(byte | the bytes before it in the window), over all bytes but the first.
-
-    Parameters
-    ----------
-    model : a byte model; it is left in the mode, training or not, in which it came
-    ids : (T,) token ids
-    stride : windows of the model's context start this many bytes apart, and each scores only
-        the bytes that the one before did not reach; default half the context
-
-    Raises
-    ------
-    ValueError : fewer than two bytes, of which the first is never scored
-    """
-    if len(ids) < 2:
-        raise ValueError(f"{len(ids)} bytes leave none to predict; give at least 2")
+def score(model: Decoder, ids: Tensor) -> float:
+    """Bits per byte of a text, over all bytes but the first, in windows of the whole context."""
     context = model.config.context
-    stride = stride or context // 2
-    training = model.training
-    model.eval()
-    total, scored = 0.0, 1
-    for start in range(0, len(ids) - 1, stride):
-        window = ids[start : start + context + 1]
-        fresh = start + len(window) - scored
-        if fresh <= 0:
-            break
-        logits = model(window[None, :-1])[0, -fresh:]
-        total += F.cross_entropy(logits, window[-fresh:], reduction="sum").item()
-        scored += fresh
-    model.train(training)
-    return total / math.log(2) / (scored - 1)
+    return measure.bits_per_byte(model, ids, window=context, stride=context // 2)
 
 
 def train(
@@ -89,8 +60,8 @@ def train(
                 continue
             entry = {
                 "step": step + 1,
-                "train": bits_per_byte(model, sample),
-                "calibration": bits_per_byte(model, calibration),
+                "train": score(model, sample),
+                "calibration": score(model, calibration),
             }
             if all(entry["calibration"] < old["calibration"] for old in state["curve"]):
                 state["best"] = {k: v.clone() for k, v in model.state_dict().items()}

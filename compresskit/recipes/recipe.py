@@ -23,7 +23,8 @@ class Recipe:
     model : shape of the network, with the dropout used in training
     seed : of the initial weights, the windows and the dropout
     steps, batch : number of updates, and of windows (of `model.context` tokens) in each
-    rate, warmup : peak learning rate, reached linearly in `warmup` steps, then a half cosine to 0
+    rate, warmup : learning rate, `rate` times a half cosine from 1 to 0 over all steps, times a
+        line from 0 to 1 over the first `warmup` of them
     decay : AdamW's weight decay of the matrices (norms and the embedding have none)
     shuffle : paragraphs travel about this many places from where the manual has them
     every : steps between two evaluations; the weights best on the calibration text are kept

@@ -1,4 +1,4 @@
-"""The recipes of the committed weights: `python -m compresskit.models.train all`.
+"""The recipes of the committed weights: `python -m compresskit.recipes.train all`.
 
 Each is deterministic for its seed on one machine; another processor may round otherwise. The
 checksums in the records are those of the committed files, so a new training run replaces both.
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from compresskit import data
-from compresskit.models import classifiers, language, store
+from compresskit import data, measure
+from compresskit.models import classifiers, store
 from compresskit.models.decoder import DecoderConfig
-from compresskit.models.recipe import Recipe
+from compresskit.recipes import language
+from compresskit.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,6 @@ def classifier(lessons: Lessons, samples: data.Dataset) -> nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Fraction of the rows of `x` whose largest logit is at the label `y`."""
-    return (model(x).argmax(1) == y).float().mean().item()
-
-
 def make_classifier(name: str, *, folder: Path, epochs: int | None) -> dict[str, Any]:
     """Train the classifier `name`, keep it in `folder`, and return its record."""
     lessons = CLASSIFIERS[name]
@@ -92,8 +87,8 @@ def make_classifier(name: str, *, folder: Path, epochs: int | None) -> dict[str,
     samples = getattr(data, lessons.samples)()
     model = classifier(lessons, samples)
     quality = {
-        "train": accuracy(model, samples.train_x, samples.train_y),
-        "test": accuracy(model, samples.test_x, samples.test_y),
+        "train": measure.accuracy(model, samples.train_x, samples.train_y),
+        "test": measure.accuracy(model, samples.test_x, samples.test_y),
     }
     store.keep(model, name, {"recipe": asdict(lessons), "accuracy": quality}, folder=folder)
     return quality
@@ -111,7 +106,7 @@ def make_pydoc_lm(*, folder: Path, work: Path, steps: int | None) -> dict[str, A
     model, curve = language.train(recipe, splits, checkpoint, report=report)
     quality = {
         "calibration": min(entry["calibration"] for entry in curve),
-        "test": language.bits_per_byte(model, data.text(splits.test)),
+        "test": language.score(model, data.text(splits.test)),
     }
     facts = {"recipe": asdict(recipe), "bits_per_byte": quality, "curve": curve}
     store.keep(model, "pydoc_lm", facts, folder=folder)
