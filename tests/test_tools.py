@@ -1,0 +1,125 @@
+"""The tools of `book/_tools`: notebooks in one form, executed side by side, failures not hidden."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ROOT / "book" / "_tools"
+
+
+@pytest.fixture
+def normalize(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import normalize
+
+    return normalize
+
+
+def untidy():
+    return new_notebook(
+        metadata={"kernelspec": {"name": "other", "display_name": "x"}, "vscode": {"a": 1}},
+        cells=[
+            new_markdown_cell("# Title", metadata={"collapsed": True}),
+            new_code_cell(
+                "draw()",
+                execution_count=7,
+                metadata={"tags": ["identity"], "execution": {"iopub.execute_input": "10:00"}},
+                outputs=[
+                    new_output("stream", name="stdout", text="one "),
+                    new_output("stream", name="stdout", text="line\n"),
+                    new_output("stream", name="stderr", text="and this\n"),
+                    new_output(
+                        "display_data", {"text/plain": "<Figure>", "image/svg+xml": "<svg/>"}
+                    ),
+                ],
+            ),
+            new_code_cell("1", outputs=[new_output("execute_result", {"text/plain": "1"})]),
+        ],
+    )
+
+
+def test_text_is_kept_and_images_and_times_are_not(normalize):
+    _, first, second = normalize.normalize(untidy()).cells
+    assert [o.get("text") for o in first.outputs] == ["one line\n", "and this\n", None]
+    assert first.outputs[2].data == {"text/plain": "<Figure>"}
+    assert first.metadata == {"tags": ["identity"]}
+    assert [first.execution_count, second.execution_count] == [1, 2]
+    assert second.outputs[0].execution_count == 2
+
+
+def test_normalizing_twice_changes_nothing_more(normalize, tmp_path):
+    path = tmp_path / "a.ipynb"
+    nbformat.write(untidy(), path)
+    before = path.read_text()
+    assert normalize.main([str(path)]) == 0
+    once = path.read_text()
+    assert once != before
+    assert normalize.main([str(path)]) == 0
+    assert path.read_text() == once
+    assert normalize.main(["--check", str(path)]) == 0
+
+
+def test_asking_does_not_write(normalize, tmp_path):
+    path = tmp_path / "a.ipynb"
+    nbformat.write(untidy(), path)
+    before = path.read_bytes()
+    assert normalize.main(["--check", str(path)]) == 1
+    assert path.read_bytes() == before
+
+
+def test_a_notebook_survives_an_interrupted_write(normalize, tmp_path, monkeypatch):
+    path = tmp_path / "a.ipynb"
+    nbformat.write(untidy(), path)
+    before = path.read_bytes()
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        normalize.main([str(path)])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def execute(*arguments):
+    return subprocess.run(
+        [sys.executable, TOOLS / "execute.py", "--jobs=2", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_one_failure_fails_the_run_but_not_the_others(tmp_path):
+    good, bad, page = (tmp_path / name for name in ("good.ipynb", "bad.ipynb", "page.md"))
+    nbformat.write(new_notebook(cells=[new_code_cell("print(1)")]), good)
+    nbformat.write(new_notebook(cells=[new_code_cell("assert 1 == 2, 'not so'")]), bad)
+    page.write_text("# A page without code\n")
+    cache = f"--cache={tmp_path / 'cache'}"
+
+    first = execute(cache, good, bad, page)
+    assert first.returncode == 1
+    assert "2 of 3 pages" in first.stdout
+    assert "bad FAILED" in first.stdout
+    assert "not so" in first.stdout
+    assert "good" in first.stdout.replace("good FAILED", "")
+
+    second = execute(cache, good)
+    assert second.returncode == 0
+    assert "0 of 1 pages" in second.stdout
+
+
+@pytest.mark.slow
+def test_running_in_place_stores_the_text_in_canonical_form(tmp_path, normalize):
+    path = tmp_path / "a.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("print(6 * 7)")]), path)
+    assert execute("--inplace", path).returncode == 0
+    assert nbformat.read(path, as_version=4).cells[0].outputs[0].text == "42\n"
+    assert normalize.main(["--check", str(path)]) == 0
