@@ -1,5 +1,8 @@
-"""Tests draw without a window. (Not by MPLBACKEND: the notebooks' kernels would inherit it.)"""
+"""Tests draw without a window, and are not timed against the clock of a busy machine."""
 
+import hypothesis
 import matplotlib
 
-matplotlib.use("agg")
+matplotlib.use("agg")  # not by MPLBACKEND, which the notebooks' kernels would inherit
+hypothesis.settings.register_profile("book", deadline=None)
+hypothesis.settings.load_profile("book")

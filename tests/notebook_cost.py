@@ -28,9 +28,14 @@ def is_cell(item):
 
 
 def pytest_itemcollected(item):
+    if not is_cell(item):
+        return
     # The stored notebooks hold no images, so a new one has nothing to be compared with.
-    if is_cell(item) and "image/svg+xml" not in item.parent.skip_compare:
+    if "image/svg+xml" not in item.parent.skip_compare:
         item.parent.skip_compare += ("image/svg+xml",)
+    # nbval would trace the kernels too, which slows them and delays their first answer; what the
+    # notebooks call, the unit tests cover by themselves.
+    item.config.option.cov_source = None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -177,6 +177,8 @@ def look(browser, url, *, axe=True, listings=True):
         # What MathJax draws is tested where MathJax is made; and listings are colored alike.
         away = "mjx-container" if listings else "mjx-container, pre"
         page.evaluate("away => document.querySelectorAll(away).forEach(e => e.remove())", away)
+        # Colors are looked at when they have arrived, not on their way.
+        page.add_style_tag(content="*, ::before, ::after {transition: none !important}")
         page.evaluate(axe_source())
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
