@@ -43,14 +43,17 @@ def rejects(check, false_variant):
 
 
 def check_granular_range(granular):
-    """`granular(x, low, high, step)` says where the nearest level is within step/2."""
+    """`granular(x, low, high, step)` says where round-and-clip is within step/2; exact."""
     for low, high, step in [(-2, 1, Fraction(1)), (0, 3, Fraction(1, 3)), (-8, 7, Fraction(3, 8))]:
         levels = [step * i for i in range(low, high + 1)]
         for x in (step * Fraction(i, 8) for i in range(8 * low - 24, 8 * high + 25)):
-            error = min(abs(level - x) for level in levels)  # brute force, exact
+            error = abs(step * min(max(round(x / step), low), high) - x)
+            assert error == min(abs(level - x) for level in levels)  # brute force
             assert (error <= step / 2) == granular(x, low, high, step)
             if x > (high + Fraction(1, 2)) * step:
                 assert error == x - high * step
+            if x < (low - Fraction(1, 2)) * step:
+                assert error == low * step - x
 
 
 @pytest.mark.theorem("thm-granular")
@@ -177,9 +180,23 @@ def test_the_constant_of_the_integer_product_cannot_be_dropped():
     )
 
 
+def check_accumulator(products):
+    """A signed 32-bit sum holds `products` largest products of 8-bit levels and not one more."""
+    largest = np.full(products + 1, 255, dtype=np.int32) ** 2
+    sums = np.cumsum(largest, dtype=np.int32)  # wraps to a negative number when it is full
+    assert (sums[:products] > 0).all()
+    assert sums[products] < 0
+
+
 @pytest.mark.theorem("prop-integer-matmul")
 def test_a_32_bit_accumulator_holds_33025_products_of_8_bit_levels_and_not_one_more():
-    assert 33025 * 255**2 <= 2**31 - 1 < 33026 * 255**2
+    check_accumulator(33025)
+
+
+@pytest.mark.false_variant("prop-integer-matmul")
+def test_a_32_bit_accumulator_holds_neither_2_to_the_15_nor_33026_products_at_most():
+    rejects(check_accumulator, 2**15)
+    rejects(check_accumulator, 33026)
 
 
 # --- the law of the error -----------------------------------------------------------------------
@@ -221,7 +238,7 @@ def test_the_series_gives_the_mean_square_error_of_four_laws_to_twelve_digits():
 @pytest.mark.false_variant("thm-sripad-snyder")
 def test_neither_step_squared_over_twelve_nor_a_series_without_signs_gives_it():
     rejects(check_error_series, lambda cf, step: step**2 / 12)
-    k = np.arange(1, 10_001)
+    k = np.arange(1, 200_001)  # as many terms as the true one
     rejects(
         check_error_series,
         lambda cf, step: (
@@ -243,24 +260,45 @@ def test_the_series_holds_for_a_finite_sample_which_has_no_density():
     assert abs(step**2 / 12 + step**2 / np.pi**2 * series - np.mean(error**2)) <= tail
 
 
-def check_error_is_uniform(density):
-    """The folded density of e, step 1, is 1 everywhere on the cell."""
-    points = np.linspace(-0.499, 0.499, 201)
-    folded = sum(density(n - points) for n in range(-30, 31))
-    np.testing.assert_allclose(folded, 1, rtol=1e-12)
+def vanishes(cf, step):
+    """Part 2's condition for one law: phi(2 pi k / step) = 0 for k = 1, ..., 50."""
+    return np.abs(cf(2 * np.pi * np.arange(1, 51) / step)).max() < 1e-15
+
+
+def check_uniform_criterion(criterion):
+    """`criterion(cf, step)` says whether e is uniform, for laws and steps of either kind."""
+
+    def triangle(h):
+        return (
+            lambda x: np.maximum(0, 1 - np.abs(x) / h) / h,
+            lambda u: np.sinc(u * h / 2 / np.pi) ** 2,
+        )
+
+    def box(h):
+        return lambda x: (np.abs(x) < h) / (2 * h), lambda u: np.sinc(u * h / np.pi)
+
+    gauss = SOURCES["gauss"][:2]
+    points = np.linspace(-0.499, 0.499, 200)  # none on the edge of a box
+    seen = set()
+    for density, cf in (triangle(1), box(1.5), triangle(1.2), box(1.3), box(0.25), gauss):
+        for step in (0.5, 1.0, 2.0):
+            folded = step * sum(density(step * (n - points)) for n in range(-60, 61))
+            uniform = bool(np.abs(folded - 1).max() < 1e-12)
+            assert criterion(cf, step) == uniform
+            seen.add(uniform)
+    assert seen == {True, False}
 
 
 @pytest.mark.theorem("thm-sripad-snyder")
-def test_the_error_is_uniform_where_the_characteristic_function_vanishes_at_multiples_of_2_pi():
-    check_error_is_uniform(lambda x: np.maximum(0, 1 - np.abs(x)))  # phi = sinc^2, zero at 2 pi k
-    check_error_is_uniform(lambda x: (np.abs(x) < 1.5) / 3)  # uniform on three whole cells
+def test_the_error_is_uniform_exactly_if_the_characteristic_function_vanishes_at_2_pi_k_over_step():
+    check_uniform_criterion(vanishes)
 
 
 @pytest.mark.false_variant("thm-sripad-snyder")
-def test_the_error_is_not_uniform_where_it_does_not_vanish():
-    rejects(check_error_is_uniform, lambda x: np.maximum(0, 1 - np.abs(x) / 1.2) / 1.2)
-    rejects(check_error_is_uniform, lambda x: (np.abs(x) < 1.3) / 2.6)
-    rejects(check_error_is_uniform, stats.norm.pdf)  # 5e-9 off: small is not zero
+def test_neither_the_first_frequency_alone_nor_half_of_them_nor_small_values_decide():
+    rejects(check_uniform_criterion, lambda cf, step: vanishes(cf, 2 * step))
+    rejects(check_uniform_criterion, lambda cf, step: vanishes(cf, step / 2))
+    rejects(check_uniform_criterion, lambda cf, step: abs(cf(2 * np.pi / step)) < 1e-2)
 
 
 def check_gaussian_correlation(formula):
@@ -390,22 +428,27 @@ def test_another_constant_in_the_clip_equation_does_not():
     rejects(check_gaussian_clip, lambda bits: gaussian_clip(bits, constant=12))
 
 
+def check_convex(error):
+    """Second differences of `error(clip)` are positive on an even grid of clips."""
+    assert (np.diff([error(c) for c in np.linspace(0.2, 4, 60)], 2) > 0).all()
+
+
 @pytest.mark.theorem("thm-clip")
 @pytest.mark.parametrize("density", [stats.norm.pdf, stats.laplace.pdf, stats.t(4).pdf])
 def test_granular_plus_overload_distortion_is_convex_in_the_clip(density):
-    clips = np.linspace(0.05, 12, 60)
-    values = np.array([distortion(density, c, 3) for c in clips])
-    assert (values[2:] - 2 * values[1:-1] + values[:-2] > 0).all()
+    check_convex(lambda clip: distortion(density, clip, 3))
 
 
 @pytest.mark.false_variant("thm-clip")
 def test_the_true_error_of_real_grids_is_not_convex_in_the_clip():
     """The theorem is about the high-resolution model. A finite sample has kinks and dips."""
     sample = np.random.default_rng(3).normal(size=64)
-    clips = np.linspace(0.2, 4, 400)
-    steps = clips / 3.5
-    errors = [np.mean((s * np.clip(np.round(sample / s), -4, 3) - sample) ** 2) for s in steps]
-    assert (np.diff(errors, 2) < 0).any()
+
+    def error(clip):
+        step = clip / 3.5
+        return np.mean((step * np.clip(np.round(sample / step), -4, 3) - sample) ** 2)
+
+    rejects(check_convex, error)
 
 
 def check_laplace_clip(clip_of):
@@ -492,7 +535,7 @@ def test_the_mean_square_maximum_agrees_with_a_sample():
 
 
 def check_group_size(size_of):
-    """`size_of(side)` minimises 10 log10(2 + 2 ln g) dB + 6.02 side/g dB over real g >= 2 side."""
+    """`size_of(side)` minimises 10 log10(2 + 2 ln g) dB + 6.02 side/g dB over real g >= side."""
     for side in (8, 16, 20, 32):
 
         def cost(g, side=side):
@@ -542,10 +585,18 @@ def solutions():
     }
 
 
+def test_every_exercise_has_a_solution_and_every_solution_runs_something():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    exercises = re.findall(r"^`{3,}\{exercise\}.*\n:label: (\S+)", text, re.MULTILINE)
+    assert len(exercises) >= 6
+    assert set(solutions()) == set(exercises)
+    assert all("assert" in code for code in solutions().values())
+
+
 @pytest.mark.parametrize("label", solutions())
 def test_the_solution_passes_the_asserts_of_its_exercise(label):
     code = solutions()[label]
-    assert "assert" in code
     names = {
         "np": np,
         "math": math,
