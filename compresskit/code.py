@@ -1,4 +1,7 @@
-"""What a compressed tensor is: a tree whose inner nodes are formulas and whose leaves are bytes."""
+"""What a compressed tensor is: a tree whose inner nodes are formulas and whose leaves are bytes.
+
+(Over 200 lines with the contract of leaves, which every entropy coder will have to keep.)
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ The file is a safetensors file, so any reader of that format can list it. Parame
 compressed are ordinary tensors. The bytes of each leaf of each code are a U8 tensor named
 "layer:path". The metadata entry "compresskit" is a JSON text: format version, the formula tree of
 every code, a SHA-256 of every tensor, and one of the file itself with that one sum set to zeros.
+
+(Over 200 lines, because what is written here and what is checked there must be read side by side.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From matrices to models: collect statistics, compress, decode, count the bytes."""
+"""From matrices to models: collect statistics, compress, decode, count the bytes.
+
+(Over 200 lines: the four verbs share what a layer's name, a tied weight and a mode mean.)
+"""
 
 from __future__ import annotations
 
