@@ -185,6 +185,8 @@ def figures_are_described_captioned_and_referred_to(notebook):
         )
         if not drawn and "figure" not in settings:
             continue
+        if sum("data" in output for output in cell.outputs) != 1:
+            wrong.append(f"code cell {number} shows more than its figure (end it with a semicolon)")
         name = settings.get("figure", {}).get("name", "")
         if not name.startswith("fig-"):
             wrong.append(f"code cell {number}: the figure's name is {name!r}")
@@ -345,7 +347,6 @@ def sound():
             ),
         ]
     )
-    figure = new_output("display_data", {"text/plain": "<Figure size 500x300 with 1 Axes>"})
     drawing = {
         "mystnb": {
             "image": {"alt": "A straight line that rises from left to right."},
@@ -359,7 +360,7 @@ def sound():
             new_code_cell("from compresskit import show\nSEED = 0\nshow.style()"),
             new_markdown_cell(text),
             *(new_code_cell("show.claim('x', x)", metadata={"tags": [kind]}) for kind in kinds),
-            new_code_cell("draw()", metadata=drawing, outputs=[figure]),
+            new_code_cell("draw()", metadata=drawing, outputs=[FIGURE]),
             new_code_cell("show.cost()", metadata={"tags": ["nbval-ignore-output"]}),
         ]
     )
@@ -389,6 +390,8 @@ def change(index, **fields):
 
 STDERR = new_output("stream", name="stderr", text="UserWarning: something")
 ERROR = new_output("error", ename="ValueError", evalue="no", traceback=[])
+FIGURE = new_output("display_data", {"text/plain": "<Figure size 500x300 with 1 Axes>"})
+VALUE = new_output("execute_result", {"text/plain": "(0.0, 1.0)"})
 IMAGE = new_output("display_data", {"text/plain": "x", "image/png": "AAAA"})
 FLAWS = [
     ("the_title_has_a_label_and_no_number", edit("(ch-small)=\n", "")),
@@ -414,6 +417,7 @@ FLAWS = [
     ("figures_are_described_captioned_and_referred_to", change(6, metadata={})),
     ("figures_are_described_captioned_and_referred_to", edit("`fig-line`", "`fig-other`")),
     ("figures_are_described_captioned_and_referred_to", change(2, outputs=[IMAGE])),
+    ("figures_are_described_captioned_and_referred_to", change(6, outputs=[FIGURE, VALUE])),
     ("a_popular_claim_is_tested", edit(":class: popular-claim\n", "")),
     ("it_starts_with_a_seed_and_ends_with_its_cost", edit("SEED = 0", "seed = 0")),
     ("it_starts_with_a_seed_and_ends_with_its_cost", edit("show.style()", "pass")),
