@@ -186,7 +186,7 @@ def figures_are_described_captioned_and_referred_to(notebook):
         if not drawn and "figure" not in settings:
             continue
         if sum("data" in output for output in cell.outputs) != 1:
-            wrong.append(f"code cell {number} shows more than its figure (end it with a semicolon)")
+            wrong.append(f"code cell {number} shows more than its figure: end it without a value")
         name = settings.get("figure", {}).get("name", "")
         if not name.startswith("fig-"):
             wrong.append(f"code cell {number}: the figure's name is {name!r}")

@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import look, pages, serve
+from conftest import TYPESET, look, pages, serve
 
 # Flaws of the theme that these pages cannot mend: rule of axe -> where it may occur.
 KNOWN = {}
@@ -143,6 +143,7 @@ def test_the_dark_theme_can_be_chosen_and_stays(browser, address):
 def test_solutions_are_folded_and_open_when_their_title_is_clicked(browser, address, path):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(f"{address}/{path}")
+    page.evaluate(TYPESET)  # formulas that appear later would move what is being clicked
     solutions = page.locator(".admonition.solution")
     count = solutions.count()
     assert count >= 3
@@ -154,11 +155,11 @@ def test_solutions_are_folded_and_open_when_their_title_is_clicked(browser, addr
     text = solution.locator(":scope > :not(.admonition-title)").first
     title = solution.locator(".admonition-title")
     title.click(position={"x": 3, "y": 12})  # on the words, not on the button at the right
-    assert text.is_visible()
+    text.wait_for(state="visible", timeout=5000)
     title.click(position={"x": 3, "y": 12})
-    assert not text.is_visible()
+    text.wait_for(state="hidden", timeout=5000)
     solution.locator(".toggle-button").click()
-    assert text.is_visible()
+    text.wait_for(state="visible", timeout=5000)
     title.locator("a").click()
     assert page.url.split("#")[1].startswith("ex-")
     page.close()
