@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compresskit.affine import Quantized
 from compresskit.code import Array, Bits, Code, Leaf, Sum
 from compresskit.layers import Compressed
-from compresskit.model import compress, layers, tables, uncompressed
+from compresskit.model import compress, uncompressed
 
 VERSION = 1
 NODES = {cls.__name__: cls for cls in (Quantized, Sum)}
@@ -117,10 +117,6 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     contents = read(path)
     if any(tensor.is_meta for tensor in uncompressed(model).values()):
         raise ContainerError("the model is on the meta device; call model.to_empty(device='cpu')")
-    known = layers(model) | tables(model)
-    strange = [name for name in contents.codes if name not in known]
-    if strange:
-        raise ContainerError(f"{path} holds codes for {strange}; the model has {list(known)}")
     plan = {n: lambda w, s, code=code: code.to(w.device) for n, code in contents.codes.items()}
     try:
         model = compress(model, plan)

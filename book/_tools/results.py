@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from normalize import write_atomically
 
 from compresskit import affine, data, measure, models
 from compresskit.affine import QuantSpec
@@ -125,9 +126,7 @@ def write(path: Path, records: list[dict]) -> None:
     body = json.dumps(records, sort_keys=True).encode()
     whole = {"made": provenance(), "sha256": hashlib.sha256(body).hexdigest(), "records": records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(whole, indent=1) + "\n")
 
 
 def main() -> None:
