@@ -28,6 +28,8 @@ def public_names(module):
         and (inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value)))
         and getattr(value, "__module__", None) == module.__name__
     ]
+    if not own:  # a package that only gathers what its files define says so in this list
+        return list(module.__all__)
     return [name for name, _ in sorted(own, key=line)]
 
 

@@ -1,0 +1,78 @@
+"""The formulas of the theorems, in float64.
+
+Probabilities are arrays whose entries along the last axis (or `axis`) sum to 1 within 1e-6.
+Whatever `numpy.asarray` takes is accepted, and torch tensors of any dtype and device. A scalar
+result is a `float`, any other an array. `information` has the entropies, divergences and
+rate-distortion limits of chapter 2, in bits unless `unit="nats"`; `learning` has the terms of the
+bounds on a student's risk of chapter 4, which contain divergences in nats and nothing in bits
+except the length of a code.
+"""
+
+from compresskit.theory.information import (
+    WaterFilling,
+    binary_entropy,
+    bretagnolle_huber_bound,
+    cross_entropy,
+    entropy,
+    gaussian_distortion,
+    gaussian_rate,
+    kl_divergence,
+    linear_layer_rate,
+    pinsker_bound,
+    reverse_water_filling,
+    sqnr_db,
+    total_variation,
+)
+from compresskit.theory.learning import (
+    Estimate,
+    RiskBound,
+    confidence_term,
+    distillation_bound,
+    divergence_term,
+    fresh_sample_bound,
+    gibbs_risk,
+    linear_bound,
+    linear_supremum,
+    massart_bound,
+    mean_total_variation,
+    network_complexity,
+    occam_term,
+    rademacher,
+    rademacher_finite,
+    rademacher_signs,
+    softmax_complexity,
+)
+
+# The order of the reference page: as in the files.
+__all__ = [  # noqa: RUF022
+    "WaterFilling",
+    "entropy",
+    "cross_entropy",
+    "kl_divergence",
+    "total_variation",
+    "pinsker_bound",
+    "bretagnolle_huber_bound",
+    "binary_entropy",
+    "gaussian_distortion",
+    "gaussian_rate",
+    "reverse_water_filling",
+    "linear_layer_rate",
+    "sqnr_db",
+    "RiskBound",
+    "gibbs_risk",
+    "mean_total_variation",
+    "divergence_term",
+    "confidence_term",
+    "occam_term",
+    "distillation_bound",
+    "fresh_sample_bound",
+    "Estimate",
+    "rademacher",
+    "rademacher_finite",
+    "rademacher_signs",
+    "massart_bound",
+    "linear_supremum",
+    "linear_bound",
+    "softmax_complexity",
+    "network_complexity",
+]
