@@ -15,12 +15,13 @@ PACKAGE = Path(compresskit.__file__).parent
 LINES = [
     {"bits", "theory", "data", "models"},
     {"code", "linalg"},
-    {"affine"},
+    {"affine", "losses"},
     {"stats"},
     {"methods"},
     {"layers"},
     {"model"},
     {"container", "measure"},
+    {"train", "surgery"},
     {"recipes"},
     {"show"},
 ]
