@@ -120,7 +120,7 @@
     input.read = () => {
       const sound = input.value !== "" && input.checkValidity();
       if (sound) last = input.valueAsNumber;
-      input.ariaInvalid = String(!sound);
+      input.setAttribute("aria-invalid", String(!sound));
       return last;
     };
     return input;
