@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from scipy import stats as distributions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -191,6 +192,91 @@ def bits_per_byte(
     """
     losses = token_losses(model, tokens, window=window, stride=stride).double()
     return losses.sum().item() / math.log(2) / (nbytes or len(losses))
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Student's interval for the mean: mean -+ t_{n-1} s / sqrt(n).
+
+    Of repetitions with this confidence, so many cover the true mean if the values are independent
+    and about normal. The seeds of one experiment are such values; the test items are not varied,
+    so the interval is about this test set.
+
+    Parameters
+    ----------
+    values : sequence of float
+        two or more
+    confidence : float
+        between 0 and 1
+
+    Examples
+    --------
+    >>> [round(x, 2) for x in interval([1.0, 2.0, 3.0])]
+    [2.0, -0.48, 4.48]
+    """
+    values = [float(value) for value in values]
+    if len(values) < 2 or not all(map(math.isfinite, values)) or not 0 < confidence < 1:
+        raise ValueError(
+            f"{len(values)} values, confidence={confidence}; an interval needs two finite values or"
+            " more, and a confidence between 0 and 1, such as 0.95"
+        )
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    quantile = distributions.t.ppf((1 + confidence) / 2, len(values) - 1)
+    half = float(quantile) * spread / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+class Comparison(NamedTuple):
+    """A mean difference, its interval, and "better", "worse" or "undecided"."""
+
+    difference: float
+    low: float
+    high: float
+    verdict: str
+
+
+def compare(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    higher_is_better: bool = True,
+) -> Comparison:
+    """Is `first` better than `second`? The interval of the mean of first - second decides.
+
+    The values are paired: the i-th of both come from the same seed, the same data, the same items.
+    If the interval contains 0 the verdict is "undecided", which does not mean "equal".
+
+    Parameters
+    ----------
+    first : sequence of float
+    second : sequence of float
+        as many
+    confidence : float
+        as for `interval`
+    higher_is_better : bool
+        False for losses and errors
+
+    Examples
+    --------
+    >>> compare([0.8, 0.9, 0.85], [0.7, 0.75, 0.8]).verdict
+    'undecided'
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values do not pair; give as many of each")
+    pairs = zip(first, second, strict=True)
+    mean, low, high = interval([a - b for a, b in pairs], confidence=confidence)
+    verdict = "undecided"
+    if low > 0 or high < 0:
+        verdict = "better" if (low > 0) == higher_is_better else "worse"
+    return Comparison(mean, low, high, verdict)
 
 
 class Timing(NamedTuple):

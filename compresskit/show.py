@@ -1,9 +1,12 @@
 """For notebooks only: claims that can fail, and the book's figures."""
 
+import hashlib
+import json
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -12,6 +15,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 # All of them read on white and on black.
 INK = "#7d8590"
 COLORS = ("#3b82c4", "#d9742b", "#3f9b6c", "#b05fb0", "#c0504d", "#8a8d2f")
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
 
 _started = time.perf_counter()
 
@@ -130,6 +135,32 @@ def plot(
 def label(ax: Axes, x: float, y: float, text: str, color: str = INK) -> None:
     """Write `text` beside the point (x, y), in the color of what it names."""
     ax.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", color=color, va="center")
+
+
+def stored(name: str) -> list[dict]:
+    """The records of a long run that `make results` stored, after a line that says which.
+
+    Parameters
+    ----------
+    name : file in book/results without ".json", such as "03_soft_labels"
+
+    Raises
+    ------
+    ValueError : no such file, or its records are not those whose checksum it holds
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RESULTS.glob("*.json")))
+        raise ValueError(f"no stored run {name!r}; there are {known}; `make results` writes them")
+    whole = json.loads(path.read_text())
+    made, records = whole["made"], whole["records"]
+    if hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest() != whole["sha256"]:
+        raise ValueError(f"{path} was changed by hand; restore it with git, or run `make results`")
+    print(
+        f"stored: {len(records)} records of `{made['command']}`, {made['date']},"
+        f" {made['seconds'] / 60:.0f} min on {made['machine']}"
+    )
+    return records
 
 
 def cost() -> None:

@@ -1,6 +1,9 @@
 """Runs too long for a page: `make results` writes them to book/results/, pages plot them as stored.
 
-Each chapter is a function that yields records; each file says what was run, with what, and when.
+Each run is a function that yields tasks: settings, and a function that returns what they gave.
+What is finished is kept in _build/results, so a run that was killed goes on where it was; the
+settings decide what is the same, so empty that folder after a change of the code. Each file says
+what was run, with what, and when.
 """
 
 from __future__ import annotations
@@ -8,14 +11,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,8 +29,11 @@ from compresskit import affine, data, measure, models
 from compresskit.affine import QuantSpec
 from compresskit.methods import round_to_nearest
 from compresskit.model import collect, compress, decoded, layers, size_table, tables
+from compresskit.recipes import distillation, language_student
 
 HERE = Path(__file__).resolve().parents[1] / "results"
+PARTIAL = HERE.parents[1] / "_build" / "results"
+Tasks = Iterator[tuple[dict, Callable[[], dict]]]
 SHORTEST = 80  # characters: headings and one-line remarks are no paragraphs
 
 
@@ -35,38 +42,46 @@ def paragraphs(split: tuple[str, ...]) -> list[str]:
     return [text for text in split if len(text) >= SHORTEST]
 
 
-def minilm_board(chapter: int, plans: dict[str, dict]) -> Iterator[dict]:
+def minilm_board(chapter: int, plans: dict[str, dict]) -> Tasks:
     """One record per plan: bytes, fidelity on held-out paragraphs, mean gap, seconds."""
+    fields = {"chapter": chapter, "model": "minilm", "stored": True}
+    for name, plan in plans.items():
+        yield {"method": name, **fields}, partial(minilm_record, plan)
+
+
+@cache
+def encoder_and_text():
+    """MiniLM, the held-out paragraphs, their embeddings, and the moments of its layers' inputs."""
     encoder, text = models.minilm(), data.pydoc()
     held_out = paragraphs(text.test)
-    reference = encoder.encode(held_out)
     stats = collect(encoder, encoder.batches(paragraphs(text.calibration)))
-    for name, plan in plans.items():
-        start = time.perf_counter()
-        small = compress(encoder, plan, stats)
-        seconds = time.perf_counter() - start
-        kept = measure.fidelity(reference, decoded(small).encode(held_out))
-        table = size_table(small)
-        linear = [layer for layer in layers(encoder) if layer in plan]
-        gaps = [
-            measure.gap(layers(encoder)[n].weight, small.get_submodule(n).code, stats[n])
-            for n in linear
-        ]
-        yield {
-            "chapter": chapter,
-            "model": "minilm",
-            "method": name,
-            "bytes": table.nbytes,
-            "bits_per_weight": table.bits_per_weight,
-            "cosine": kept.cosine,
-            "top1": kept.top1,
-            "gap_bits": sum(gaps) / len(gaps),
-            "seconds": round(seconds, 2),
-            "stored": True,
-        }
+    return encoder, held_out, encoder.encode(held_out), stats
 
 
-def uniform_quantizer() -> Iterator[dict]:
+def minilm_record(plan: dict) -> dict:
+    """What `plan` makes of MiniLM."""
+    encoder, held_out, reference, stats = encoder_and_text()
+    start = time.perf_counter()
+    small = compress(encoder, plan, stats)
+    seconds = time.perf_counter() - start
+    kept = measure.fidelity(reference, decoded(small).encode(held_out))
+    table = size_table(small)
+    gaps = [
+        measure.gap(layers(encoder)[n].weight, small.get_submodule(n).code, stats[n])
+        for n in layers(encoder)
+        if n in plan
+    ]
+    return {
+        "bytes": table.nbytes,
+        "bits_per_weight": table.bits_per_weight,
+        "cosine": kept.cosine,
+        "top1": kept.top1,
+        "gap_bits": sum(gaps) / len(gaps),
+        "seconds": round(seconds, 2),
+    }
+
+
+def uniform_quantizer() -> Tasks:
     """Chapter 6: every width and grid, min-max and least squares, on the 36 matrices of MiniLM."""
     encoder = models.minilm()
     fits = {"min-max": affine.minmax, "MSE": affine.mse}
@@ -82,7 +97,7 @@ def uniform_quantizer() -> Iterator[dict]:
     return minilm_board(6, plans)
 
 
-def first_compression() -> Iterator[dict]:
+def first_compression() -> Tasks:
     """Chapter 1: 8 bits for the tables, 8 or 4 for the matrices."""
     encoder = models.minilm()
     eight = partial(round_to_nearest, spec=QuantSpec(8))
@@ -95,51 +110,105 @@ def first_compression() -> Iterator[dict]:
     return minilm_board(1, plans)
 
 
-CHAPTERS: dict[str, Callable[[], Iterator[dict]]] = {
-    "01_first_compression": first_compression,
-    "06_uniform_quantizer": uniform_quantizer,
+def grid(function: Callable[..., dict], **choices: Iterable) -> Tasks:
+    """One task for each combination of the choices, the last varying fastest."""
+    for values in itertools.product(*choices.values()):
+        settings = dict(zip(choices, values, strict=True))
+        yield settings, partial(function, **settings)
+
+
+def accuracy_of(**settings) -> dict:
+    """The test accuracy of one student on MNIST-1D."""
+    return {"accuracy": distillation.student_accuracy(**settings)}
+
+
+def soft_labels() -> Tasks:
+    """Chapter 3: four ways to train a student, at four sizes of the training set."""
+    counts = (50, 200, 1000, 4000)
+    return grid(accuracy_of, count=counts, seed=range(10), way=distillation.WAYS)
+
+
+def temperature_grid() -> Tasks:
+    """Chapter 3: temperature against the weight of the soft term, at 1,000 examples."""
+    soft = {"way": ["soft"], "count": [1000], "seed": range(5)}
+    temperatures, alphas = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), (0.25, 0.5, 0.75, 0.9, 1.0)
+    return grid(accuracy_of, **soft, temperature=temperatures, alpha=alphas)
+
+
+def pydoc_students() -> Tasks:
+    """Chapter 5: students of the byte model, of a quarter and of half its size."""
+    quarter = {"seed": range(3), "way": language_student.WAYS}
+    yield from grid(language_student.quarter_student, **quarter)
+    yield from grid(language_student.half_student, seed=range(3), losses=language_student.TRIPLE)
+    start = {"losses": ["three losses"]}
+    yield from grid(language_student.half_student, **start, seed=range(3), fresh=[True])
+    yield from grid(language_student.half_student, **start, seed=[0], steps=[0])
+
+
+RUNS: dict[str, Callable[[], Tasks]] = {
+    "scoreboard/01_first_compression": first_compression,
+    "scoreboard/06_uniform_quantizer": uniform_quantizer,
+    "03_soft_labels": soft_labels,
+    "03_temperature_grid": temperature_grid,
+    "05_pydoc_students": pydoc_students,
 }
 
 
-def provenance() -> dict:
+def finished(name: str, tasks: Tasks, folder: Path) -> tuple[list[dict], float]:
+    """All records of a run, and the seconds they took, those of a killed run taken up again."""
+    path = folder / f"{name}.json"
+    done = json.loads(path.read_text()) if path.is_file() else []
+    records = []
+    for settings, task in tasks:
+        known = next((entry for entry in done if entry["settings"] == settings), None)
+        if known is None:
+            start = time.perf_counter()
+            record = task()
+            seconds = time.perf_counter() - start
+            known = {"settings": settings, "record": record, "seconds": seconds}
+            done.append(known)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(done))
+        records.append({**known["settings"], **known["record"]})
+        print(f"{name}: {records[-1]}", file=sys.stderr)
+    return records, sum(entry["seconds"] for entry in done)
+
+
+def provenance(name: str, seconds: float) -> dict:
     """What a reader needs to repeat the run."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE.parent, check=False
     )
-    text = data.pydoc()
     return {
         "command": "make results",
+        "run": name,
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seconds": round(seconds),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
-        "seed": "none: nothing here is random",
-        "calibration": f"{len(paragraphs(text.calibration))} paragraphs",
-        "test": f"{len(paragraphs(text.test))} paragraphs of at least {SHORTEST} characters",
     }
 
 
-def write(path: Path, records: list[dict]) -> None:
+def write(path: Path, records: list[dict], made: dict) -> None:
     """Write records and their provenance, all or nothing, with a checksum of the records."""
     body = json.dumps(records, sort_keys=True).encode()
-    whole = {"made": provenance(), "sha256": hashlib.sha256(body).hexdigest(), "records": records}
+    whole = {"made": made, "sha256": hashlib.sha256(body).hexdigest(), "records": records}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(whole, indent=1) + "\n")
 
 
 def main() -> None:
-    """Run the chapters named on the command line, or all of them."""
+    """Do the runs named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chapters", nargs="*", choices=[[], *CHAPTERS], default=[])
-    for name in parser.parse_args().chapters or CHAPTERS:
-        start, records = time.perf_counter(), []
-        for record in CHAPTERS[name]():
-            records.append(record)
-            print(f"{record['method']}: cosine {record['cosine']:.4f}", file=sys.stderr)
-        write(HERE / "scoreboard" / f"{name}.json", records)
-        print(f"{name}: {len(records)} records in {time.perf_counter() - start:.0f} s")
+    parser.add_argument("runs", nargs="*", choices=[[], *RUNS], default=[])
+    for name in parser.parse_args().runs or RUNS:
+        records, seconds = finished(name, RUNS[name](), PARTIAL)
+        write(HERE / f"{name}.json", records, provenance(name, seconds))
+        (PARTIAL / f"{name}.json").unlink()
+        print(f"{name}: {len(records)} records, {seconds:.0f} s of work")
 
 
 if __name__ == "__main__":

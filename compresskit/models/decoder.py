@@ -103,6 +103,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Past:
+    """The keys and values (N, kv_heads, T, d) of the tokens that an attention layer has seen."""
+
+    def __init__(self):
+        self.keys = self.values = None
+
+    def __len__(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens and return all of them."""
+        if self.keys is not None:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d) + causal mask) V per head, with rotary Q and K.
 
@@ -121,15 +139,19 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.width, kv_width, bias=False)
         self.o = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # (N, heads, T, d)
             for linear in (self.q, self.k, self.v)
         )
-        q, k = rotary(q, theta=self.theta), rotary(k, theta=self.theta)
+        start = 0 if past is None else len(past)
+        q, k = (rotary(t, theta=self.theta, start=start) for t in (q, k))
+        if past is not None:
+            k, v = past.extend(k, v)
         if self.groups > 1:
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # One new token sees all before it; several at once, of which none is past, see theirs.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
 
@@ -162,8 +184,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.attn_norm(x)))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = x + self.drop(self.attn(self.attn_norm(x), past))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -186,13 +208,80 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        if ids.shape[1] > self.config.context:
+    def forward(self, ids: Tensor, pasts: list[Past] | None = None) -> Tensor:
+        before = len(pasts[0]) if pasts else 0
+        if before + ids.shape[1] > self.config.context:
             raise ValueError(
-                f"{ids.shape[1]} tokens at once; this model was trained on windows of "
+                f"{before + ids.shape[1]} tokens at once; this model was trained on windows of "
                 f"{self.config.context}: cut the text into such windows"
             )
+        if before and ids.shape[1] > 1:
+            raise ValueError(
+                f"{ids.shape[1]} tokens after {before} that are past; give them singly"
+            )
         x = self.drop(self.embed(ids))
-        for block in self.blocks:
-            x = block(x)
+        for block, past in zip(self.blocks, pasts or [None] * len(self.blocks), strict=True):
+            x = block(x, past)
         return F.linear(self.norm(x), self.embed.weight)
+
+
+@torch.no_grad()
+def sample(
+    model: Decoder,
+    prompts: Tensor,
+    length: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue each prompt by tokens drawn from the model's own predictions, one at a time.
+
+    Each step computes the new tokens only; keys and values of those before are kept.
+
+    Parameters
+    ----------
+    model : Decoder
+    prompts : (N, T) integer tensor
+    length : int
+        tokens to draw; prompt and continuation together fit the model's context
+    temperature : float
+        of the predictions: 1 draws from the model's distribution, 0 takes the likeliest token
+    generator : torch.Generator
+        on the model's device; None: the global one
+
+    Returns
+    -------
+    (N, T + length) tensor: the prompts and their continuations
+
+    Raises
+    ------
+    ValueError
+        an empty prompt, no token to draw, a sum beyond the context, a negative temperature
+    """
+    if prompts.ndim != 2 or 0 in prompts.shape or length < 1 or not temperature >= 0:
+        raise ValueError(
+            f"prompts of shape {tuple(prompts.shape)}, length={length}, temperature={temperature};"
+            " give (N, T) ids with T >= 1, length >= 1 and temperature >= 0, for instance 1.0"
+        )
+    if prompts.shape[1] + length > model.config.context:
+        raise ValueError(
+            f"{prompts.shape[1]} + {length} tokens do not fit a context of {model.config.context}"
+        )
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        pasts, ids = [Past() for _ in model.blocks], prompts
+        logits = model(ids, pasts)[:, -1].float()
+        for step in range(length):
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                chances = (logits / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)
+            ids = torch.cat([ids, token], dim=1)
+            if step + 1 < length:
+                logits = model(token, pasts)[:, -1].float()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return ids

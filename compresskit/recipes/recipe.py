@@ -40,11 +40,6 @@ class Recipe:
     shuffle: float = 16.0
     every: int = 500
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of the update number `step`, counted from 0."""
-        rising = min(1.0, (step + 1) / self.warmup)
-        return self.rate * rising * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
 
 def initialized(recipe: Recipe) -> Decoder:
     """A decoder with weights of variance 1/n, and 1/(2 layers n) where blocks add to the stream."""
@@ -80,6 +75,9 @@ class Windows:
                 f"{recipe.batch} windows of {self.length}; use a smaller batch or context"
             )
         self.epoch, self.cut = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.recipe.steps
 
     def __getitem__(self, step: int) -> Tensor:
         """(batch, context + 1) token ids of one step."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit import data, measure
@@ -19,6 +19,7 @@ from compresskit.models import classifiers, store
 from compresskit.models.decoder import DecoderConfig
 from compresskit.recipes import language
 from compresskit.recipes.recipe import Recipe
+from compresskit.train import fit
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,18 @@ def classifier(lessons: Lessons, samples: data.Dataset) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lessons.seed)
         model = getattr(classifiers, lessons.build)()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=lessons.rate, weight_decay=lessons.decay
-        )
         count = len(samples.train_x)
-        steps = lessons.epochs * -(-count // lessons.batch)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(lessons.epochs):
-            for batch in torch.randperm(count).split(lessons.batch):
-                logits = model(samples.train_x[batch])
-                loss = F.cross_entropy(
-                    logits, samples.train_y[batch], label_smoothing=lessons.smoothing
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        batches = [
+            rows
+            for _ in range(lessons.epochs)
+            for rows in torch.randperm(count).split(lessons.batch)
+        ]
+
+    def loss(model: nn.Module, rows: Tensor) -> Tensor:
+        logits = model(samples.train_x[rows])
+        return F.cross_entropy(logits, samples.train_y[rows], label_smoothing=lessons.smoothing)
+
+    fit(model, loss, batches, rate=lessons.rate, decay=lessons.decay, clip=None)
     return model.eval()
 
 

@@ -1,0 +1,545 @@
+"""One training loop, and the ways of distillation as losses that are given to it.
+
+A step of the loop is a function of the seed and the step's number alone: which rows it sees and
+what dropout draws. So a run that was killed and resumed from its checkpoint ends with the weights
+of one that was not. (Over 200 lines: half of them say what the arguments mean.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from compresskit.losses import (
+    TopK,
+    distillation_loss,
+    ensemble_logits,
+    feature_loss,
+    mutual_losses,
+    topk_kl,
+    topk_targets,
+)
+from compresskit.model import evaluating
+
+Loss = Callable[[nn.Module, Any], Tensor]
+IGNORED = -100  # the label of a position that no loss counts, PyTorch's own
+
+
+class Run(NamedTuple):
+    """What a training run did.
+
+    Parameters
+    ----------
+    losses : list of float
+        the loss of every step, before its update
+    curve : list of dict
+        at every evaluation: `step`, the number of steps done, and what `evaluate` returned
+    """
+
+    losses: list[float]
+    curve: list[dict[str, float]]
+
+
+class Shuffled(Sequence):
+    """`steps` batches of `size` rows of some tensors, each epoch in a new order.
+
+    Batch t is a function of (seed, t) alone. The last rows of an epoch that do not fill a batch
+    are left out of that epoch; if there are fewer rows than `size`, a batch is all of them.
+
+    Parameters
+    ----------
+    *tensors : Tensor
+        of equal length
+    size : int
+        rows in a batch
+    steps : int
+        number of batches, which need not be whole epochs
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        no rows, tensors of different lengths, `size` or `steps` below 1
+
+    Examples
+    --------
+    >>> rows = Shuffled(torch.arange(5), size=2, steps=3)
+    >>> [len(rows[t][0]) for t in range(3)]
+    [2, 2, 2]
+    """
+
+    def __init__(self, *tensors: Tensor, size: int, steps: int, seed: int = 0):
+        lengths = [len(tensor) for tensor in tensors]
+        if not lengths or min(lengths) < 1 or len(set(lengths)) > 1:
+            raise ValueError(f"tensors of {lengths} rows; give tensors of equal length, 1 or more")
+        if size < 1 or steps < 1:
+            raise ValueError(f"size={size}, steps={steps}; both must be 1 or more, such as 100")
+        self.tensors, self.steps, self.seed = tensors, steps, seed
+        self.size = min(size, lengths[0])
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        rows = len(self.tensors[0])
+        epoch, place = divmod(step, rows // self.size)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+            self._epoch, self._order = epoch, torch.randperm(rows, generator=generator)
+        chosen = self._order[place * self.size :][: self.size]
+        return tuple(tensor[chosen.to(tensor.device)] for tensor in self.tensors)
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence,
+    *,
+    rate: float = 1e-3,
+    warmup: int = 0,
+    decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float | None = 1.0,
+    seed: int = 0,
+    parameters: Iterable | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    every: int | None = None,
+    checkpoint: Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Run:
+    """Train `model` in place by AdamW: one update for each batch, in order.
+
+    The learning rate of step t of n is rate * min(1, (t + 1) / warmup) * (1 + cos(pi t / n)) / 2.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in training mode during the run; afterwards in the mode it had
+    loss : callable
+        (model, batch) -> scalar, a mean over the batch
+    batches : sequence
+        batch t is `batches[t]`, asked for in order; what it holds is the loss's business
+    rate : float
+        largest learning rate
+    warmup : int
+        steps in which the rate rises
+    decay : float
+        AdamW's weight decay
+    betas : (float, float)
+        AdamW's two averaging constants
+    clip : float
+        gradients of a larger norm are scaled down to it; None: never
+    seed : int
+        of what the model draws in training, such as dropout
+    parameters : iterable
+        what is updated: parameters, or the groups that `torch.optim` takes; None means all that
+        require a gradient
+    evaluate : callable
+        model -> {name: value}; the weights kept at the end are those with the lowest first value
+    every : int
+        steps between evaluations and between checkpoints; None: only at the end
+    checkpoint : Path
+        written every `every` steps and at the end, whole or not at all; if the file exists, the
+        run goes on from it
+    recipe : mapping
+        numbers and names that tell this run from others, kept in the checkpoint: one with another
+        recipe is refused, as are other settings and shapes. Losses and data are not compared
+    progress : bool
+        show a bar, in a notebook or on a terminal
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    FloatingPointError
+        a loss or gradient that is not finite: the model keeps the weights from before that step
+    ValueError
+        no batch; `every` below 1; a checkpoint that another run made
+
+    References
+    ----------
+    Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv 1711.05101;
+    "SGDR", arXiv 1608.03983, eq. 5 (the cosine).
+    """
+    steps = len(batches)
+    if steps < 1 or (every is not None and every < 1):
+        raise ValueError(f"{steps} batches, every={every}; one batch or more, and every >= 1")
+    chosen = (
+        [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+    )
+    optimizer = torch.optim.AdamW(chosen, lr=rate, betas=betas, weight_decay=decay)
+    tops = [group["lr"] for group in optimizer.param_groups]
+    made = {
+        "steps": steps,
+        "seed": seed,
+        "rates": tops,
+        "warmup": warmup,
+        "betas": list(betas),
+        "clip": clip,
+        "decay": [group["weight_decay"] for group in optimizer.param_groups],
+        "recipe": dict(recipe or {}),
+        "shapes": [list(p.shape) for p in model.parameters()],
+    }
+    state: dict[str, Any] = {"made": made, "step": 0, "losses": [], "curve": [], "best": None}
+    if checkpoint is not None and Path(checkpoint).is_file():
+        state = _resumed(Path(checkpoint), made)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    modes = {module: module.training for module in model.modules()}
+    bar = tqdm(total=steps, initial=state["step"], disable=not progress, unit="step")
+    try:
+        with bar, torch.random.fork_rng():
+            model.train()
+            for step in range(state["step"], steps):
+                torch.manual_seed(seed + 7_919 * (step + 1))
+                for group, top in zip(optimizer.param_groups, tops, strict=True):
+                    group["lr"] = _rate_at(step, steps, top, warmup)
+                state["losses"].append(_update(model, optimizer, loss, batches[step], clip, step))
+                bar.update()
+                if (step + 1) % (every or steps) and step + 1 < steps:
+                    continue
+                state["step"] = step + 1
+                if evaluate is not None:
+                    _judge(model, evaluate, state)
+                    bar.set_postfix(state["curve"][-1])
+                if checkpoint is not None:
+                    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    _replace(Path(checkpoint), state)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if state["best"] is not None:
+        model.load_state_dict(state["best"])
+    return Run(state["losses"], state["curve"])
+
+
+def cached_logits(
+    teachers: nn.Module | Sequence[nn.Module],
+    inputs: Tensor,
+    *,
+    batch: int = 256,
+    top: int | None = None,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | TopK:
+    """The teacher's answers to all inputs, computed once: what offline distillation trains on.
+
+    Parameters
+    ----------
+    teachers : nn.Module or sequence
+        several make an ensemble: the logits are then the logarithm of their mean probability
+    inputs : (N, ...) Tensor
+    batch : int
+        inputs computed at once
+    top : int
+        keep only this many classes of each position, and the mass of all others together
+    temperature : float
+        with `top`: that of the kept probabilities. All logits serve every temperature
+    dtype : torch.dtype
+        in which all logits are kept
+
+    Returns
+    -------
+    (N, ..., classes) Tensor, or TopK
+    """
+    models = list(teachers) if isinstance(teachers, Sequence) else [teachers]
+    if not models:
+        raise ValueError("no teacher; give a model, or a list of one or more")
+    parts = []
+    for part in inputs.split(batch):
+        logits = []
+        for model in models:
+            with torch.no_grad(), evaluating(model):
+                logits.append(model(part))
+        whole = logits[0] if len(logits) == 1 else ensemble_logits(logits)
+        kept = whole.to(dtype) if top is None else topk_targets(whole, top, temperature=temperature)
+        parts.append(kept)
+    if top is None:
+        return torch.cat(parts)
+    return TopK(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | Tensor | TopK,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch: int = 100,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    top: int | None = None,
+    rate: float = 1e-3,
+    seed: int = 0,
+    fit: Callable[..., Run] = fit,
+) -> Run:
+    """Train `student` on (1 - alpha) CE(labels) + alpha T^2 KL(teacher_T || student_T), offline.
+
+    The teacher answers each input once, before the training. alpha = 0 is training from scratch on
+    labels, with the same batches.
+
+    Parameters
+    ----------
+    student : nn.Module
+        trained in place
+    teacher : nn.Module, sequence, Tensor or TopK
+        a model, an ensemble of them, or what `cached_logits` returned for `inputs`
+    inputs : (N, ...) Tensor
+    labels : (N, ...) Tensor
+        class of each position; -100: the position does not count
+    steps : int
+        updates
+    batch : int
+        rows of `inputs` in each
+    temperature : float
+        T
+    alpha : float
+        weight of the soft term, 0 to 1
+    top : int
+        keep only so many of the teacher's classes (`topk_targets`)
+    rate : float
+        largest learning rate
+    seed : int
+        of the order of the rows and of dropout
+    fit : callable
+        the loop; bind its other options by `partial(fit, decay=0.1, checkpoint=...)`
+
+    Returns
+    -------
+    Run
+
+    References
+    ----------
+    Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531,
+    section 2. Book: chapters 3 to 5.
+    """
+    targets = teacher
+    if not isinstance(teacher, Tensor | TopK):
+        targets = cached_logits(teacher, inputs, top=top, temperature=temperature)
+    elif isinstance(teacher, Tensor) and top is not None:
+        targets = topk_targets(teacher, top, temperature=temperature)
+    lumped = isinstance(targets, TopK)
+    rows = Shuffled(
+        inputs, labels, *(targets if lumped else [targets]), size=batch, steps=steps, seed=seed
+    )
+
+    def loss(model: nn.Module, row: tuple[Tensor, ...]) -> Tensor:
+        x, y, *target = row
+        logits = model(x)
+        if not lumped:
+            return distillation_loss(logits, target[0], y, temperature=temperature, alpha=alpha)
+        # With alpha = 0 the teacher does not matter: this is the cross-entropy, with its checks.
+        hard = distillation_loss(logits, logits, y, temperature=1.0, alpha=0.0)
+        kept = TopK(*target)
+        soft = topk_kl(logits, kept, temperature=temperature, keep=y != IGNORED)
+        return (1 - alpha) * hard + alpha * temperature**2 * soft
+
+    return fit(student, loss, rows, rate=rate, seed=seed)
+
+
+def distill_mutual(
+    students: Sequence[nn.Module],
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch: int = 100,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    rate: float = 1e-3,
+    seed: int = 0,
+    fit: Callable[..., Run] = fit,
+) -> Run:
+    """Train several students at once, each on the labels and on the others' present answers.
+
+    All are updated together from the same batch (Zhang et al. update them in turn); there is no
+    teacher. With weight = 0 each is trained alone.
+
+    Parameters
+    ----------
+    students : sequence of nn.Module
+        two or more, of any architecture, trained in place
+    inputs, labels, steps, batch, rate, seed, fit : as for `distill`
+    temperature : float
+        T of the others' answers
+    weight : float
+        of the mean divergence from the others, beside the cross-entropy
+
+    Returns
+    -------
+    Run, whose losses are sums over the students
+
+    References
+    ----------
+    Zhang, Xiang, Hospedales and Lu, "Deep mutual learning", arXiv 1706.00384, eqs. 4 to 8.
+    """
+    rows = Shuffled(inputs, labels, size=batch, steps=steps, seed=seed)
+
+    def loss(models: nn.ModuleList, row: tuple[Tensor, ...]) -> Tensor:
+        x, y = row
+        logits = [model(x) for model in models]
+        return mutual_losses(logits, y, temperature=temperature, weight=weight).sum()
+
+    return fit(nn.ModuleList(students), loss, rows, rate=rate, seed=seed)
+
+
+def distill_triple(
+    student: nn.Module,
+    teacher: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch: int = 8,
+    hidden: tuple[str, str] = ("norm", "norm"),
+    weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
+    temperature: float = 2.0,
+    rate: float = 1e-3,
+    seed: int = 0,
+    fit: Callable[..., Run] = fit,
+) -> Run:
+    """Train `student` on DistilBERT's three losses: soft labels, hard labels, hidden directions.
+
+    soft * T^2 KL(teacher_T || student_T) + hard * CE(labels) + direction * (1 - cos(h_S, h_T)),
+    where the h are outputs of one module of each network. The teacher runs beside the student:
+    hidden states of a whole data set are too large to keep.
+
+    Parameters
+    ----------
+    student, teacher : nn.Module
+        the student is trained in place; `surgery.keep_layers` makes one from the teacher's layers
+    inputs, labels, steps, batch, rate, seed, fit : as for `distill`
+    hidden : (str, str)
+        names of the modules of student and teacher whose outputs are compared, of equal width
+    weights : (float, float, float)
+        of the soft, the hard and the direction term; a zero leaves the term out
+    temperature : float
+        T
+
+    Returns
+    -------
+    Run
+
+    References
+    ----------
+    Sanh et al., "DistilBERT", arXiv 1910.01108, section 3; the weights 5, 2, 1 and T = 2 are those
+    of the training command published with its code.
+    """
+    soft, hard, direction = weights
+    if min(weights) < 0 or soft + hard + direction <= 0:
+        raise ValueError(f"weights={weights}; none below 0, and one above it, such as (5, 2, 1)")
+    rows = Shuffled(inputs, labels, size=batch, steps=steps, seed=seed)
+
+    def loss(model: nn.Module, row: tuple[Tensor, ...]) -> Tensor:
+        x, y = row
+        with outputs(model, hidden[0]) as mine:
+            logits = model(x)
+        with torch.no_grad(), evaluating(teacher), outputs(teacher, hidden[1]) as theirs:
+            target = teacher(x)
+        total = logits.new_zeros(())
+        if labels_weight := soft + hard:
+            share = soft / labels_weight
+            total = total + labels_weight * distillation_loss(
+                logits, target, y, temperature=temperature, alpha=share
+            )
+        if direction:
+            counted = y != IGNORED
+            pair = mine[0][counted], theirs[0][counted]
+            total = total + direction * feature_loss(*pair, kind="cosine")
+        return total
+
+    return fit(student, loss, rows, rate=rate, seed=seed)
+
+
+@contextmanager
+def outputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Within, every output of the submodule `name` is appended to the list that is yielded."""
+    names = [known for known, _ in model.named_modules() if known]
+    if name not in names:
+        raise ValueError(f"no module {name!r}; there are {', '.join(names[:8])}, ...")
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[-1]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _rate_at(step: int, steps: int, top: float, warmup: int) -> float:
+    rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return top * rising * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    batch: Any,
+    clip: float | None,
+    step: int,
+) -> float:
+    value = loss(model, batch)
+    _require_finite("loss", value, optimizer, step)
+    optimizer.zero_grad()
+    value.backward()
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(updated, math.inf if clip is None else clip)
+    _require_finite("gradient's norm", norm, optimizer, step)
+    optimizer.step()
+    return value.item()
+
+
+def _require_finite(what: str, value: Tensor, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if not math.isfinite(value.detach()):
+        raise FloatingPointError(
+            f"the {what} is {value.item()} at step {step + 1}; the weights are those before it. Use"
+            f" a rate below {optimizer.defaults['lr']:.2g}, a warmup, or inputs without infinities"
+        )
+
+
+def _judge(model: nn.Module, evaluate: Callable, state: dict[str, Any]) -> None:
+    with evaluating(model), torch.no_grad():
+        values = {name: float(value) for name, value in evaluate(model).items()}
+    name, value = next(iter(values.items()))
+    if math.isnan(value):
+        raise FloatingPointError(f"`evaluate` gave {name} = nan after {state['step']} steps")
+    if all(value < earlier[name] for earlier in state["curve"]):
+        state["best"] = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    state["curve"].append({"step": state["step"], **values})
+
+
+def _resumed(path: Path, made: dict[str, Any]) -> dict[str, Any]:
+    try:
+        state = torch.load(path, weights_only=True)
+        differing = [key for key in made if state["made"].get(key) != made[key]]
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of `fit`; delete it to start anew") from error
+    if differing:
+        raise ValueError(
+            f"{path} was made by another run: {', '.join(differing)} differ; delete it to start"
+            " anew, or give the run a file of its own"
+        )
+    return state
+
+
+def _replace(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` beside `path` and rename it, so that a kill leaves the old or the new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    torch.save(state, partial_path)
+    os.replace(partial_path, path)
