@@ -197,7 +197,7 @@ def jensen_shannon(
 def logit_matching(
     student_logits: Tensor, teacher_logits: Tensor, *, keep: Tensor | None = None
 ) -> Tensor:
-    """||(z_S - mean z_S) - (z_T - mean z_T)||² / (2 N), N classes: the limit of T² KL as T → ∞.
+    """||(z_S - mean z_S) - (z_T - mean z_T)||² / (2 K), K classes: the limit of T² KL as T → ∞.
 
     Arguments, result and errors as for `forward_kl`, without a temperature.
 
