@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from compresskit import data, measure, models
 from compresskit.models import smol, store
-from compresskit.models.decoder import Attention, Decoder, DecoderConfig, RMSNorm, rotary
+from compresskit.models.decoder import (
+    Attention,
+    Decoder,
+    DecoderConfig,
+    Past,
+    RMSNorm,
+    rotary,
+    sample,
+)
 from compresskit.recipes import language, train
 from compresskit.recipes.recipe import Recipe, Windows, initialized
 
@@ -144,6 +152,84 @@ def test_a_window_longer_than_the_trained_context_is_refused(decoder):
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **change)
+
+
+# --- its samples -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_token_after_token_the_logits_are_those_of_the_whole_text(decoder, prompt):
+    ids, pasts = random_ids(3, 12), [Past() for _ in decoder.blocks]
+    parts = [decoder(ids[:, :prompt], pasts)]
+    parts += [decoder(ids[:, t : t + 1], pasts) for t in range(prompt, 12)]
+    # float32 sums in another order
+    assert torch.allclose(torch.cat(parts, dim=1), decoder(ids), atol=1e-5)
+
+
+def test_the_likeliest_continuation_is_that_of_the_whole_text(decoder):
+    ids = sample(decoder, random_ids(4, 3), 9, temperature=0)
+    assert ids.shape == (4, 12)
+    assert torch.equal(ids[:, :3], random_ids(4, 3))
+    assert torch.equal(ids[:, 3:], decoder(ids)[:, 2:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_have_the_frequencies_of_the_prediction(decoder, temperature):
+    """First drawn tokens of 20,000 equal prompts: a chi-squared statistic of 255 degrees."""
+    with torch.no_grad():
+        decoder.embed.weight.mul_(20)  # so that the tokens differ in their chances
+    count, prompt = 20_000, random_ids(1, 2)
+    chances = (decoder(prompt)[0, -1] / temperature).softmax(-1)
+    drawn = sample(
+        decoder,
+        prompt.expand(count, -1),
+        1,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+    )[:, -1]
+
+    def statistic(chances):
+        often = chances * count >= 5
+        seen = torch.bincount(drawn, minlength=256)[often]
+        expected = chances[often] * count
+        return ((seen - expected).square() / expected).sum() / often.sum()
+
+    assert statistic(chances) < 1.5  # mean 1, standard deviation below 0.3 from 25 degrees on
+    assert statistic((decoder(prompt)[0, -1] / (2 * temperature)).softmax(-1)) > 3
+
+
+def test_equal_generators_draw_equal_samples_whatever_the_mode(decoder):
+    decoder.train()
+    one, two, other = (
+        sample(decoder, random_ids(2, 3), 8, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    )
+    assert decoder.training
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "temperature", "message"),
+    [
+        ((2, 0), 3, 1.0, r"prompts of shape \(2, 0\)"),
+        ((2, 3), 0, 1.0, "length=0"),
+        ((2, 3), 3, -1.0, "temperature=-1.0; give .* temperature >= 0, for instance 1.0"),
+        ((2, 3), 14, 1.0, r"3 \+ 14 tokens do not fit a context of 16"),
+    ],
+)
+def test_impossible_samples_are_refused(decoder, prompt, length, temperature, message):
+    with pytest.raises(ValueError, match=message):
+        sample(decoder, random_ids(*prompt), length, temperature=temperature)
+
+
+def test_several_tokens_after_the_past_are_refused(decoder):
+    pasts = [Past() for _ in decoder.blocks]
+    decoder(random_ids(1, 3), pasts)
+    with pytest.raises(ValueError, match="2 tokens after 3 that are past; give them singly"):
+        decoder(random_ids(1, 2), pasts)
+    with pytest.raises(ValueError, match="windows of 16"):
+        decoder(random_ids(1, 14), pasts)
 
 
 # --- its training ----------------------------------------------------------------------------

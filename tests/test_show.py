@@ -1,5 +1,8 @@
 """Claims can fail; figures follow the page."""
 
+import hashlib
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -49,3 +52,26 @@ def test_cost_is_told_in_seconds_and_mebibytes(capsys):
     show.cost()
     words = capsys.readouterr().out.split()
     assert int(words[words.index("MiB") - 1]) > 50  # an interpreter with torch in it
+
+
+def test_stored_records_come_with_their_origin(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show, "RESULTS", tmp_path)
+    records = [{"seed": 0, "accuracy": 0.5}, {"seed": 1, "accuracy": 0.6}]
+    content = json.dumps(records, sort_keys=True).encode()
+    made = {
+        "command": "make results",
+        "date": "2026-01-02",
+        "seconds": 119,
+        "machine": "x, 2 cores",
+    }
+    whole = {"made": made, "sha256": hashlib.sha256(content).hexdigest(), "records": records}
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    assert show.stored("a") == records
+    expected = "stored: 2 records of `make results`, 2026-01-02, 2 min on x, 2 cores\n"
+    assert capsys.readouterr().out == expected
+    whole["records"][1]["accuracy"] = 0.9
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="was changed by hand; restore it with git"):
+        show.stored("a")
+    with pytest.raises(ValueError, match="no stored run 'b'; there are a; `make results`"):
+        show.stored("b")

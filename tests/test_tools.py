@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from compresskit import show
+
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "book" / "_tools"
 
@@ -123,3 +125,53 @@ def test_running_in_place_stores_the_text_in_canonical_form(tmp_path, normalize)
     assert execute("--inplace", path).returncode == 0
     assert nbformat.read(path, as_version=4).cells[0].outputs[0].text == "42\n"
     assert normalize.main(["--check", str(path)]) == 0
+
+
+# --- long runs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import results
+
+    monkeypatch.setattr(results, "HERE", tmp_path / "stored")
+    monkeypatch.setattr(results, "PARTIAL", tmp_path / "partial")
+    return results
+
+
+def squares(results, die_at=None):
+    def square(seed):
+        if seed == die_at:
+            raise KeyboardInterrupt
+        squares.calls.append(seed)
+        return {"value": seed**2}
+
+    return results.grid(square, seed=range(4))
+
+
+def test_a_killed_run_repeats_only_what_it_had_not_finished(results, tmp_path):
+    squares.calls = []
+    with pytest.raises(KeyboardInterrupt):
+        results.finished("run", squares(results, die_at=2), tmp_path)
+    records, seconds = results.finished("run", squares(results), tmp_path)
+    assert squares.calls == [0, 1, 2, 3]
+    assert records == [{"seed": n, "value": n**2} for n in range(4)]
+    assert seconds >= 0
+
+
+def test_what_is_stored_can_be_shown(results, monkeypatch, capsys):
+    squares.calls = []
+    monkeypatch.setitem(results.RUNS, "squares", lambda: squares(results))
+    monkeypatch.setattr(sys, "argv", ["results.py", "squares"])
+    results.main()
+    assert not list(results.PARTIAL.rglob("*.json"))
+    monkeypatch.setattr(show, "RESULTS", results.HERE)
+    assert [record["value"] for record in show.stored("squares")] == [0, 1, 4, 9]
+    assert "4 records of `make results`" in capsys.readouterr().out
+
+
+def test_every_stored_run_is_one_that_make_results_makes(results):
+    folder = ROOT / "book" / "results"
+    stored = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.json")}
+    assert stored == set(results.RUNS)

@@ -29,7 +29,7 @@ from compresskit import affine, data, measure, models
 from compresskit.affine import QuantSpec
 from compresskit.methods import round_to_nearest
 from compresskit.model import collect, compress, decoded, layers, size_table, tables
-from compresskit.recipes import distillation, language_student
+from compresskit.recipes import distillation, inheritance, language_student, sentence_student
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 PARTIAL = HERE.parents[1] / "_build" / "results"
@@ -135,14 +135,42 @@ def temperature_grid() -> Tasks:
     return grid(accuracy_of, **soft, temperature=temperatures, alpha=alphas)
 
 
+def disguised_teachers() -> Tasks:
+    """Chapter 3: students of answers from which part of what they say was removed."""
+    return grid(disguised, count=[200, 1000], seed=range(10), disguise=distillation.DISGUISES)
+
+
+def disguised(**settings) -> dict:
+    """The test accuracy of one student of a disguised teacher."""
+    return {"accuracy": distillation.disguised_accuracy(**settings)}
+
+
+def inherited_bound() -> Tasks:
+    """Chapter 4: every term of the bounds, for four students at four sample sizes."""
+    counts = (1_000, 4_000, 16_000, 64_000)
+    students = inheritance.STUDENTS
+    return grid(inheritance.bound_terms, count=counts, seed=range(5), student=students)
+
+
+def small_students() -> Tasks:
+    """Chapter 4: students of 2 to 64 hidden units, from labels or from the teacher."""
+    choices = {"width": (2, 4, 8, 16, 64), "way": ("labels", "teacher")}
+    return grid(inheritance.small_student, seed=range(10), **choices)
+
+
+def poor_teachers() -> Tasks:
+    """Chapter 4: students of overfit teachers, of tiny ones, and of ensembles."""
+    return grid(inheritance.pupil, seed=range(8), arm=inheritance.ARMS)
+
+
 def pydoc_students() -> Tasks:
     """Chapter 5: students of the byte model, of a quarter and of half its size."""
-    quarter = {"seed": range(3), "way": language_student.WAYS}
-    yield from grid(language_student.quarter_student, **quarter)
-    yield from grid(language_student.half_student, seed=range(3), losses=language_student.TRIPLE)
-    start = {"losses": ["three losses"]}
-    yield from grid(language_student.half_student, **start, seed=range(3), fresh=[True])
-    yield from grid(language_student.half_student, **start, seed=[0], steps=[0])
+    quarter, half = language_student.quarter_student, language_student.half_student
+    seeds, losses = {"seed": range(3)}, {"losses": ["three losses"]}
+    yield from grid(quarter, **seeds, way=language_student.WAYS, steps=[600])
+    yield from grid(half, seed=[0], **losses, steps=[0])
+    yield from grid(half, **seeds, losses=language_student.TRIPLE, steps=[120])
+    yield from grid(half, **seeds, **losses, steps=[120], fresh=[True])
 
 
 RUNS: dict[str, Callable[[], Tasks]] = {
@@ -150,6 +178,11 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/06_uniform_quantizer": uniform_quantizer,
     "03_soft_labels": soft_labels,
     "03_temperature_grid": temperature_grid,
+    "03_disguised_teachers": disguised_teachers,
+    "04_bound": inherited_bound,
+    "04_small_students": small_students,
+    "04_poor_teachers": poor_teachers,
+    "05_minilm_student": sentence_student.tasks,
     "05_pydoc_students": pydoc_students,
 }
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from compresskit import data, measure, models
 from compresskit.models import classifiers
-from compresskit.train import Shuffled, distill, fit
+from compresskit.train import Shuffled, cached_logits, distill, fit
 
+DISGUISES = ("none", "class", "permuted", "flat", "shuffled")
 WAYS = ("hard", "smoothed", "soft", "soft, same data")
 mnist1d = cache(data.mnist1d)
 
@@ -106,6 +107,64 @@ def student_accuracy(
         source = book_teacher() if way == "soft" else teacher(count, seed)
         loop: Callable = partial(fit, decay=decay)
         distill(student, source, x, y, temperature=temperature, alpha=alpha, fit=loop, **options)
+    return measure.accuracy(student, samples.test_x, samples.test_y)
+
+
+def disguise_answers(logits: Tensor, labels: Tensor, disguise: str, seed: int) -> Tensor:
+    """The teacher's (N, 10) logits with part of what they say removed.
+
+    Parameters
+    ----------
+    logits, labels : of N examples
+    disguise : str
+        "none"; "class": the mean over the examples with the same label, so that nothing is said
+        about the example; "permuted": that mean with its wrong classes exchanged, so that nothing
+        is said about which classes resemble each other; "flat": with its wrong classes all equal,
+        which is label smoothing; "shuffled": whole answers, dealt to other examples
+    seed : int
+        of the exchanges and the deal
+    """
+    if disguise not in DISGUISES:
+        raise ValueError(f"disguise={disguise!r}; known are {', '.join(map(repr, DISGUISES))}")
+    generator = torch.Generator().manual_seed(seed)
+    if disguise == "none":
+        return logits
+    if disguise == "shuffled":
+        return logits[torch.randperm(len(logits), generator=generator)]
+    table = logits.new_zeros(10, 10)
+    for label in labels.unique().tolist():
+        mean = logits[labels == label].mean(0)
+        others = torch.arange(10) != label
+        if disguise == "permuted":
+            mean[others] = mean[others][torch.randperm(9, generator=generator)]
+        elif disguise == "flat":
+            mean[others] = mean[others].mean()
+        table[label] = mean
+    return table[labels]
+
+
+def disguised_accuracy(
+    *,
+    disguise: str,
+    count: int,
+    seed: int,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    steps: int = 1_000,
+) -> float:
+    """Test accuracy of a student whose teacher's answers were disguised.
+
+    Parameters
+    ----------
+    disguise : as for `disguise_answers`
+    count, seed, temperature, alpha, steps : as for `student_accuracy`, whose "soft" is "none"
+    """
+    samples, rows = mnist1d(), drawn(count, seed)
+    x, y = samples.train_x[rows], samples.train_y[rows]
+    answers = disguise_answers(cached_logits(book_teacher(), x), y, disguise, seed)
+    student = fresh("mnist1d_mlp", seed)
+    options = {"temperature": temperature, "alpha": alpha, "steps": steps, "seed": seed}
+    distill(student, answers, x, y, rate=1e-2, fit=partial(fit, decay=0.3), **options)
     return measure.accuracy(student, samples.test_x, samples.test_y)
 
 

@@ -50,7 +50,7 @@ def real_text() -> tuple[Tensor, Tensor]:
 
 
 @cache
-def teacher_samples(count: int = 2_400, seed: int = 0) -> tuple[Tensor, Tensor]:
+def teacher_samples(count: int = 1_200, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Inputs and labels (count, context - 1): real prompts, continued by the teacher.
 
     The labels of the prompt's bytes are ignored, so that only what the teacher wrote is learned.
