@@ -155,12 +155,12 @@ def inherited_bound() -> Tasks:
 def small_students() -> Tasks:
     """Chapter 4: students of 2 to 64 hidden units, from labels or from the teacher."""
     choices = {"width": (2, 4, 8, 16, 64), "way": ("labels", "teacher")}
-    return grid(inheritance.small_student, seed=range(10), **choices)
+    return grid(inheritance.small_student, seed=range(5), **choices)
 
 
 def poor_teachers() -> Tasks:
     """Chapter 4: students of overfit teachers, of tiny ones, and of ensembles."""
-    return grid(inheritance.pupil, seed=range(8), arm=inheritance.ARMS)
+    return grid(inheritance.pupil, seed=range(5), arm=inheritance.ARMS)
 
 
 def pydoc_students() -> Tasks:

@@ -172,7 +172,7 @@ def taught(
     x: Tensor,
     *,
     seed: int,
-    steps: int = 2_000,
+    steps: int = 1_000,
     rate: float = 1e-2,
     inputs: Tensor | None = None,
 ) -> nn.Module:
@@ -220,9 +220,9 @@ def error(p: Tensor, y: Tensor) -> float:
     return (p.argmax(-1) != y).double().mean().item()
 
 
-def four_bits(model: nn.Module) -> nn.Module:
-    """A copy with 4-bit weights, one scale per row: what the code of a small student contains."""
-    method = partial(round_to_nearest, spec=QuantSpec(4, symmetric=True))
+def rounded(model: nn.Module, bits: int = 4) -> nn.Module:
+    """A copy with weights of so many bits, one scale per row; biases stay as they are."""
+    method = partial(round_to_nearest, spec=QuantSpec(bits, symmetric=True))
     return compress(model, dict.fromkeys(layers(model), method), {})
 
 
@@ -310,7 +310,7 @@ def bound_terms(*, student: str, count: int, seed: int) -> dict:
     }
     if isinstance(model, Ball):
         return found
-    small = four_bits(model)
+    small = rounded(model)
     bits, restored = 8 * size_table(small).nbytes, decoded(small)
     return found | {
         "bits": bits,
@@ -325,7 +325,7 @@ def small_student(*, width: int, way: str, seed: int, count: int = 4_000) -> dic
     x, y, logits = lesson(count, seed)
     student = network(40, width, CLASSES, seed=seed)
     if way == "labels":
-        trained(student, x, y, steps=2_000, seed=seed, decay=1e-2)
+        trained(student, x, y, steps=1_000, seed=seed, decay=1e-2)
     elif way == "teacher":
         taught(student, logits, x, seed=seed)
     else:
@@ -337,21 +337,21 @@ def small_student(*, width: int, way: str, seed: int, count: int = 4_000) -> dic
 def poor_teacher(kind: str, seed: int, place: int = 0) -> nn.Module:
     """A teacher that is not to be trusted.
 
-    "overfit": a convolutional net after 1500 steps on `FEW` labels, with neither decay nor
+    "overfit": a convolutional net after 500 steps on `FEW` labels, with neither decay nor
     smoothing; `place` changes its first weights and the order, not the labels. "regularized": the
     same with decay 0.3 and smoothing 0.1. "tiny": four hidden units, 4000 labels.
     """
     if kind == "tiny":
         x, y, _ = lesson(4_000, seed)
         small = network(40, 4, CLASSES, seed=seed)
-        return trained(small, x, y, steps=2_000, seed=seed, decay=1e-2)
+        return trained(small, x, y, steps=1_000, seed=seed, decay=1e-2)
     x, y, _ = lesson(FEW, FEW_SEED + seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000 * place + seed)
         model = classifiers.mnist1d_cnn()
     decay, smoothing = {"overfit": (0.0, 0.0), "regularized": (0.3, 0.1)}[kind]
     return trained(
-        model, x, y, steps=1_500, seed=place, rate=3e-3, decay=decay, smoothing=smoothing
+        model, x, y, steps=500, seed=place, rate=5e-3, decay=decay, smoothing=smoothing
     )
 
 
@@ -369,7 +369,7 @@ def pupil(*, arm: str, seed: int) -> dict:
     few, labels, _ = lesson(FEW, FEW_SEED + seed)
     student = network(40, 128, 128, CLASSES, seed=seed)
     if arm == "labels":
-        trained(student, few, labels, steps=2_000, seed=seed, decay=1e-2)
+        trained(student, few, labels, steps=1_000, seed=seed, decay=1e-2)
         return graded(probabilities(student, held_out()))
     if arm == "overfit, five":
         teacher = [poor_teacher("overfit", seed, place) for place in range(5)]
