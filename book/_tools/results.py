@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 
 import torch
@@ -117,32 +118,36 @@ def grid(function: Callable[..., dict], **choices: Iterable) -> Tasks:
         yield settings, partial(function, **settings)
 
 
-def accuracy_of(**settings) -> dict:
-    """The test accuracy of one student on MNIST-1D."""
-    return {"accuracy": distillation.student_accuracy(**settings)}
+def named(name: str, function: Callable[..., float]) -> Callable[..., dict]:
+    """The same function, its number with a name."""
+
+    @wraps(function)
+    def record(**settings) -> dict:
+        return {name: function(**settings)}
+
+    return record
+
+
+student_accuracy = named("accuracy", distillation.student_accuracy)
 
 
 def soft_labels() -> Tasks:
     """Chapter 3: four ways to train a student, at four sizes of the training set."""
     counts = (50, 200, 1000, 4000)
-    return grid(accuracy_of, count=counts, seed=range(10), way=distillation.WAYS)
+    return grid(student_accuracy, count=counts, seed=range(10), way=distillation.WAYS)
 
 
 def temperature_grid() -> Tasks:
     """Chapter 3: temperature against the weight of the soft term, at 1,000 examples."""
     soft = {"way": ["soft"], "count": [1000], "seed": range(5)}
     temperatures, alphas = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), (0.25, 0.5, 0.75, 0.9, 1.0)
-    return grid(accuracy_of, **soft, temperature=temperatures, alpha=alphas)
+    return grid(student_accuracy, **soft, temperature=temperatures, alpha=alphas)
 
 
 def disguised_teachers() -> Tasks:
     """Chapter 3: students of answers from which part of what they say was removed."""
-    return grid(disguised, count=[200, 1000], seed=range(10), disguise=distillation.DISGUISES)
-
-
-def disguised(**settings) -> dict:
-    """The test accuracy of one student of a disguised teacher."""
-    return {"accuracy": distillation.disguised_accuracy(**settings)}
+    accuracy = named("accuracy", distillation.disguised_accuracy)
+    return grid(accuracy, count=[200, 1000], seed=range(10), disguise=distillation.DISGUISES)
 
 
 def inherited_bound() -> Tasks:
@@ -153,8 +158,8 @@ def inherited_bound() -> Tasks:
 
 
 def small_students() -> Tasks:
-    """Chapter 4: students of 2 to 64 hidden units, from labels or from the teacher."""
-    choices = {"width": (2, 4, 8, 16, 64), "way": ("labels", "teacher")}
+    """Chapter 4: students of 2, 8 and 64 hidden units, from labels or from the teacher."""
+    choices = {"width": (2, 8, 64), "way": ("labels", "teacher")}
     return grid(inheritance.small_student, seed=range(5), **choices)
 
 
@@ -171,6 +176,8 @@ def pydoc_students() -> Tasks:
     yield from grid(half, seed=[0], **losses, steps=[0])
     yield from grid(half, **seeds, losses=language_student.TRIPLE, steps=[120])
     yield from grid(half, **seeds, **losses, steps=[120], fresh=[True])
+    yield from grid(half, **seeds, **losses, steps=[120], temperature=[1.0])
+    yield from grid(quarter, seed=[3, 4], way=language_student.WAYS, steps=[600])
 
 
 RUNS: dict[str, Callable[[], Tasks]] = {
@@ -187,12 +194,23 @@ RUNS: dict[str, Callable[[], Tasks]] = {
 }
 
 
+def settings_of(settings: dict, task: Callable[[], dict]) -> dict:
+    """All that a task was called with, its function's defaults too, as JSON has them."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(getattr(task, "func", task)).parameters.items()
+        if name not in settings and isinstance(parameter.default, int | float | str | bool)
+    }
+    return json.loads(json.dumps({**settings, **defaults}))
+
+
 def finished(name: str, tasks: Tasks, folder: Path) -> tuple[list[dict], float]:
     """All records of a run, and the seconds they took, those of a killed run taken up again."""
     path = folder / f"{name}.json"
     done = json.loads(path.read_text()) if path.is_file() else []
-    records = []
-    for settings, task in tasks:
+    records, used = [], []
+    for given, task in tasks:
+        settings = json.loads(json.dumps(given))
         known = next((entry for entry in done if entry["settings"] == settings), None)
         if known is None:
             start = time.perf_counter()
@@ -202,9 +220,10 @@ def finished(name: str, tasks: Tasks, folder: Path) -> tuple[list[dict], float]:
             done.append(known)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(done))
-        records.append({**known["settings"], **known["record"]})
+        used.append(known)
+        records.append({**settings_of(settings, task), **known["record"]})
         print(f"{name}: {records[-1]}", file=sys.stderr)
-    return records, sum(entry["seconds"] for entry in done)
+    return records, sum(entry["seconds"] for entry in used)
 
 
 def provenance(name: str, seconds: float) -> dict:
@@ -237,6 +256,7 @@ def main() -> None:
     """Do the runs named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", choices=[[], *RUNS], default=[])
+    torch.set_num_threads(1)  # the order of additions, and so the last digits, depend on it
     for name in parser.parse_args().runs or RUNS:
         records, seconds = finished(name, RUNS[name](), PARTIAL)
         write(HERE / f"{name}.json", records, provenance(name, seconds))
