@@ -334,6 +334,17 @@ def test_a_sentence_stands_in_their_place_where_no_script_runs(browser, url):
         context.close()
 
 
+def test_chapter_3_holds_both(browser, address):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{address}/notebooks/03_temperature_dark_knowledge.html")
+    assert softened(page, LOGITS["tied"], 20) == []
+    assert pulled(page, *SETTINGS["start"]) == []
+    for tag in ("temperature-explorer", "loss-explorer"):
+        assert page.locator(f"{tag} > .explorer").is_visible()
+        assert not page.locator(f"{tag} > p").is_visible()
+    page.close()
+
+
 def test_the_script_needs_nothing_but_itself():
     source = (STATIC / "js" / "explorers.js").read_text(encoding="utf-8")
     assert len(source) < 25_000
