@@ -329,8 +329,8 @@ def tasks(*, seeds: Sequence[int] = (0, 1, 2)) -> Iterator[tuple[dict, Callable[
 
     First the students that are not trained; then distillation against training from scratch, with
     all seeds; then, with the first, other layers and shuffled answers; then contrastive training
-    with all seeds, at a tenth of the rate, since at the full one it forgets what the layers knew,
-    and that, and a larger rate from scratch, with the first.
+    with two seeds, at a tenth of the rate, since at the full one it forgets what the layers knew,
+    and that with the first.
     """
     every = [2 * i + 1 for i in range(3)]  # layers 1, 3, 5: the last is kept
     even = [2 * i for i in range(3)]
@@ -344,10 +344,9 @@ def tasks(*, seeds: Sequence[int] = (0, 1, 2)) -> Iterator[tuple[dict, Callable[
     first = {"places": every, "seed": seeds[0]}
     plan.append(first | {"way": "distilled", "places": even})
     plan.append(first | {"way": "shuffled teacher"})
-    for seed in seeds:
+    for seed in seeds[:2]:
         plan.append({"way": "without teacher", "places": every, "seed": seed, "rate": RATE / 10})
     plan.append(first | {"way": "without teacher"})
-    plan.append(first | {"way": "from scratch", "rate": 2 * RATE})
     for settings in plan:
         settings = {"steps": STEPS, "rate": RATE} | settings
         yield settings, partial(student_fidelity, **settings)
