@@ -28,12 +28,14 @@ class TopK(NamedTuple):
     """A teacher's k most probable classes, and the rest as one: what `topk_targets` returns.
 
     Fields: indices (..., k), log_probs (..., k), log_rest (...), the log of the mass of all other
-    classes, -inf if there is none. Stored as int32 and float16 a position takes 6 k + 2 bytes.
+    classes, -inf if there is none; and the temperature at which those were taken. Stored as int32
+    and float16 a position takes 6 k + 2 bytes.
     """
 
     indices: Tensor
     log_probs: Tensor
     log_rest: Tensor
+    temperature: float = 1.0
 
 
 def softmax_temperature(logits: Tensor, temperature: float, *, dim: int = -1) -> Tensor:
@@ -237,7 +239,8 @@ def topk_targets(teacher_logits: Tensor, k: int, *, temperature: float = 1.0) ->
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= teacher.shape[-1]:
         raise ValueError(f"k={k}; it must be a number from 1 to {teacher.shape[-1]} classes")
     log_probs, indices = _log_softmax(teacher, temperature).topk(k, dim=-1)
-    return TopK(indices, log_probs, _log_rest(_log_softmax(teacher, temperature), indices))
+    rest = _log_rest(_log_softmax(teacher, temperature), indices)
+    return TopK(indices, log_probs, rest, float(temperature))
 
 
 def topk_kl(
@@ -279,7 +282,12 @@ def topk_kl(
     Data processing: book, chapter 2. Use: book, chapter 5.
     """
     student = _logits(student_logits, "student_logits")
-    indices, log_probs, log_rest = targets
+    indices, log_probs, log_rest, made_at = targets
+    if made_at != temperature:
+        raise ValueError(
+            f"targets made at temperature {made_at} for a loss at {temperature}: the mass of the"
+            f" rest does not follow; use topk_targets(..., temperature={temperature})"
+        )
     if indices.shape[:-1] != student.shape[:-1] or log_probs.shape != indices.shape:
         raise ValueError(
             f"targets of shape {tuple(indices.shape)} for student_logits of shape"

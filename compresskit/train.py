@@ -2,16 +2,19 @@
 
 A step of the loop is a function of the seed and the step's number alone: which rows it sees and
 what dropout draws. So a run that was killed and resumed from its checkpoint ends with the weights
-of one that was not. (Over 200 lines: half of them say what the arguments mean.)
+of one that was not, on the same machine with as many threads, and on a GPU only if PyTorch is set
+to deterministic algorithms. (Over 200 lines: half of them say what the arguments mean.)
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +31,7 @@ from compresskit.losses import (
     topk_targets,
 )
 from compresskit.model import evaluating
+from compresskit.models.decoder import Decoder, sample
 
 Loss = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # the label of a position that no loss counts, PyTorch's own
@@ -149,7 +153,7 @@ def fit(
     evaluate : callable
         model -> {name: value}; the weights kept at the end are those with the lowest first value
     every : int
-        steps between evaluations and between checkpoints; None: only at the end
+        steps between evaluations and between checkpoints; None: evaluate at the end only
     checkpoint : Path
         written every `every` steps and at the end, whole or not at all; if the file exists, the
         run goes on from it
@@ -168,7 +172,7 @@ def fit(
     FloatingPointError
         a loss or gradient that is not finite: the model keeps the weights from before that step
     ValueError
-        no batch; `every` below 1; a checkpoint that another run made
+        no batch; `every` below 1; a checkpoint without `every`, or made by another run
 
     References
     ----------
@@ -178,6 +182,11 @@ def fit(
     steps = len(batches)
     if steps < 1 or (every is not None and every < 1):
         raise ValueError(f"{steps} batches, every={every}; one batch or more, and every >= 1")
+    if checkpoint is not None and every is None:
+        raise ValueError(
+            f"a checkpoint at the end only saves nothing from a kill; say every how many of {steps}"
+            f" steps to write it, for instance every={max(1, steps // 10)}"
+        )
     chosen = (
         [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
     )
@@ -191,7 +200,7 @@ def fit(
         "betas": list(betas),
         "clip": clip,
         "decay": [group["weight_decay"] for group in optimizer.param_groups],
-        "recipe": dict(recipe or {}),
+        "recipe": _plain(recipe or {}),
         "shapes": [list(p.shape) for p in model.parameters()],
     }
     state: dict[str, Any] = {"made": made, "step": 0, "losses": [], "curve": [], "best": None}
@@ -202,10 +211,10 @@ def fit(
     modes = {module: module.training for module in model.modules()}
     bar = tqdm(total=steps, initial=state["step"], disable=not progress, unit="step")
     try:
-        with bar, torch.random.fork_rng():
+        with bar, torch.random.fork_rng(devices=_gpus(model)):
             model.train()
             for step in range(state["step"], steps):
-                torch.manual_seed(seed + 7_919 * (step + 1))
+                _reseed(seed + 7_919 * (step + 1), _gpus(model))
                 for group, top in zip(optimizer.param_groups, tops, strict=True):
                     group["lr"] = _rate_at(step, steps, top, warmup)
                 state["losses"].append(_update(model, optimizer, loss, batches[step], clip, step))
@@ -246,17 +255,19 @@ def cached_logits(
     batch : int
         inputs computed at once
     top : int
-        keep only this many classes of each position, and the mass of all others together
+        keep only this many classes of each position, and the mass of all others together: int32
+        indices, and logarithms of probabilities
     temperature : float
-        with `top`: that of the kept probabilities. All logits serve every temperature
+        with `top`: that of the kept probabilities, which serve no other. All logits serve every one
     dtype : torch.dtype
-        in which all logits are kept
+        in which logits or logarithms are kept, such as float16
 
     Returns
     -------
     (N, ..., classes) Tensor, or TopK
     """
-    models = list(teachers) if isinstance(teachers, Sequence) else [teachers]
+    several = isinstance(teachers, Sequence) or type(teachers) is nn.ModuleList
+    models = list(teachers) if several else [teachers]
     if not models:
         raise ValueError("no teacher; give a model, or a list of one or more")
     parts = []
@@ -266,11 +277,13 @@ def cached_logits(
             with torch.no_grad(), evaluating(model):
                 logits.append(model(part))
         whole = logits[0] if len(logits) == 1 else ensemble_logits(logits)
-        kept = whole.to(dtype) if top is None else topk_targets(whole, top, temperature=temperature)
-        parts.append(kept)
-    if top is None:
-        return torch.cat(parts)
-    return TopK(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        if top is None:
+            parts.append((whole.to(dtype),))
+        else:
+            kept = topk_targets(whole, top, temperature=temperature)
+            parts.append((kept.indices.int(), kept.log_probs.to(dtype), kept.log_rest.to(dtype)))
+    fields = [torch.cat(field) for field in zip(*parts, strict=True)]
+    return fields[0] if top is None else TopK(*fields, float(temperature))
 
 
 def distill(
@@ -290,8 +303,8 @@ def distill(
 ) -> Run:
     """Train `student` on (1 - alpha) CE(labels) + alpha T^2 KL(teacher_T || student_T), offline.
 
-    The teacher answers each input once, before the training. alpha = 0 is training from scratch on
-    labels, with the same batches.
+    The teacher answers each input once, before the training. alpha = 0 is training on labels, with
+    the same batches, and asks no teacher.
 
     Parameters
     ----------
@@ -317,11 +330,16 @@ def distill(
     seed : int
         of the order of the rows and of dropout
     fit : callable
-        the loop; bind its other options by `partial(fit, decay=0.1, checkpoint=...)`
+        the loop; bind its other options by `partial(fit, decay=0.1, checkpoint=..., every=100)`
 
     Returns
     -------
     Run
+
+    Raises
+    ------
+    ValueError
+        a cache made at another temperature or with another number of classes
 
     References
     ----------
@@ -329,27 +347,120 @@ def distill(
     section 2. Book: chapters 3 to 5.
     """
     targets = teacher
-    if not isinstance(teacher, Tensor | TopK):
+    if alpha == 0:
+        targets = labels  # something of the right length: no teacher is asked
+    elif not isinstance(teacher, Tensor | TopK):
         targets = cached_logits(teacher, inputs, top=top, temperature=temperature)
-    elif isinstance(teacher, Tensor) and top is not None:
+    elif isinstance(teacher, TopK):
+        kept = teacher.indices.shape[-1]
+        if teacher.temperature != temperature or top not in (None, kept):
+            raise ValueError(
+                f"the cache holds {kept} classes at temperature {teacher.temperature}, but"
+                f" temperature={temperature} and top={top}; give temperature={teacher.temperature}"
+                " and no top, or make another cache"
+            )
+    elif top is not None:
         targets = topk_targets(teacher, top, temperature=temperature)
     lumped = isinstance(targets, TopK)
-    rows = Shuffled(
-        inputs, labels, *(targets if lumped else [targets]), size=batch, steps=steps, seed=seed
-    )
+    fields = targets[:3] if lumped else [targets]
+    rows = Shuffled(inputs, labels, *fields, size=batch, steps=steps, seed=seed)
 
     def loss(model: nn.Module, row: tuple[Tensor, ...]) -> Tensor:
         x, y, *target = row
         logits = model(x)
-        if not lumped:
+        if alpha and not lumped:
             return distillation_loss(logits, target[0], y, temperature=temperature, alpha=alpha)
         # With alpha = 0 the teacher does not matter: this is the cross-entropy, with its checks.
         hard = distillation_loss(logits, logits, y, temperature=1.0, alpha=0.0)
-        kept = TopK(*target)
+        if not alpha:
+            return hard
+        kept = TopK(*target, float(temperature))
         soft = topk_kl(logits, kept, temperature=temperature, keep=y != IGNORED)
         return (1 - alpha) * hard + alpha * temperature**2 * soft
 
-    return fit(student, loss, rows, rate=rate, seed=seed)
+    recipe = {"distill": [len(inputs), batch, temperature, alpha, top]}
+    return fit(student, loss, rows, rate=rate, seed=seed, recipe=recipe)
+
+
+def written(
+    teacher: Decoder,
+    prompts: Tensor,
+    length: int,
+    *,
+    batch: int = 256,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Text that a language model writes after each prompt, as inputs and labels for a student.
+
+    Parameters
+    ----------
+    teacher : Decoder
+    prompts : (N, T) integer tensor
+    length : int
+        tokens to write after each
+    batch : int
+        prompts continued at once
+    temperature, generator : as for `models.decoder.sample`
+
+    Returns
+    -------
+    (N, T + length - 1) inputs and labels: label t is the token after input t, or -100 where that
+    is a token of the prompt, which the teacher did not write
+    """
+    text = torch.cat(
+        [
+            sample(teacher, part, length, temperature=temperature, generator=generator)
+            for part in prompts.split(batch)
+        ]
+    )
+    inputs, labels = text[:, :-1].clone(), text[:, 1:].clone()
+    labels[:, : prompts.shape[1] - 1] = IGNORED
+    return inputs, labels
+
+
+def distill_sequences(
+    student: nn.Module,
+    teacher: Decoder,
+    prompts: Tensor,
+    length: int,
+    *,
+    steps: int,
+    batch: int = 8,
+    soft: bool = False,
+    rate: float = 1e-3,
+    seed: int = 0,
+    fit: Callable[..., Run] = fit,
+) -> Run:
+    """Train `student` on text that the teacher writes: on its tokens, or on its predictions there.
+
+    With tokens, the expected loss is the cross-entropy of the two distributions of whole texts
+    (book, chapter 5); the predictions for the same text have the same expectation, token by
+    token, and less noise.
+
+    Parameters
+    ----------
+    student : nn.Module
+        trained in place
+    teacher : Decoder
+    prompts : (N, T) integer tensor
+        the text that each of the teacher's continues
+    length : int
+        tokens that the teacher writes after each, at temperature 1
+    steps, batch, rate, seed, fit : as for `distill`; `seed` also decides what the teacher writes
+    soft : bool
+        learn its predictions (token level, T = 1) instead of the tokens it drew (sequence level)
+
+    References
+    ----------
+    Kim and Rush, "Sequence-level knowledge distillation", arXiv 1606.07947, sections 3.1 and 3.2;
+    they take the teacher's likeliest text, found by beam search, in place of a random one.
+    """
+    generator = torch.Generator(device=prompts.device).manual_seed(seed)
+    inputs, labels = written(teacher, prompts, length, generator=generator)
+    options = {"steps": steps, "batch": batch, "temperature": 1.0, "rate": rate, "seed": seed}
+    alpha = 1.0 if soft else 0.0
+    return distill(student, teacher, inputs, labels, alpha=alpha, fit=fit, **options)
 
 
 def distill_mutual(
@@ -368,7 +479,8 @@ def distill_mutual(
     """Train several students at once, each on the labels and on the others' present answers.
 
     All are updated together from the same batch (Zhang et al. update them in turn); there is no
-    teacher. With weight = 0 each is trained alone.
+    teacher. With weight = 0, and clip = None, each is trained alone: clipping is of the gradients
+    of all students together.
 
     Parameters
     ----------
@@ -395,7 +507,8 @@ def distill_mutual(
         logits = [model(x) for model in models]
         return mutual_losses(logits, y, temperature=temperature, weight=weight).sum()
 
-    return fit(nn.ModuleList(students), loss, rows, rate=rate, seed=seed)
+    recipe = {"mutual": [len(inputs), batch, temperature, weight]}
+    return fit(nn.ModuleList(students), loss, rows, rate=rate, seed=seed, recipe=recipe)
 
 
 def distill_triple(
@@ -459,25 +572,51 @@ def distill_triple(
             )
         if direction:
             counted = y != IGNORED
-            pair = mine[0][counted], theirs[0][counted]
+            pair = mine[-1][counted], theirs[-1][counted]
             total = total + direction * feature_loss(*pair, kind="cosine")
         return total
 
-    return fit(student, loss, rows, rate=rate, seed=seed)
+    recipe = {"triple": [len(inputs), batch, temperature, *weights, *hidden]}
+    return fit(student, loss, rows, rate=rate, seed=seed, recipe=recipe)
 
 
 @contextmanager
 def outputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Within, every output of the submodule `name` is appended to the list that is yielded."""
+    """Within, every output of the submodule `name`, a tensor, is appended to the yielded list."""
     names = [known for known, _ in model.named_modules() if known]
     if name not in names:
         raise ValueError(f"no module {name!r}; there are {', '.join(names[:8])}, ...")
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[-1]))
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{name!r} returns a {type(output).__name__}; name one with a tensor")
+        seen.append(output)
+
+    handle = model.get_submodule(name).register_forward_hook(note)
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as JSON has it; what JSON cannot hold could be written but not read again."""
+    try:
+        return json.loads(json.dumps(dict(recipe)))
+    except TypeError as error:
+        raise ValueError(f"recipe: {error}; it may hold numbers, text and lists of them") from error
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.is_cuda})
+
+
+def _reseed(seed: int, gpus: list[int]) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for every GPU
+    for gpu in gpus:
+        with torch.cuda.device(gpu):
+            torch.cuda.manual_seed(seed)
 
 
 def _rate_at(step: int, steps: int, top: float, warmup: int) -> float:
@@ -495,7 +634,7 @@ def _update(
 ) -> float:
     value = loss(model, batch)
     _require_finite("loss", value, optimizer, step)
-    optimizer.zero_grad()
+    model.zero_grad()
     value.backward()
     updated = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(updated, math.inf if clip is None else clip)
@@ -525,9 +664,9 @@ def _judge(model: nn.Module, evaluate: Callable, state: dict[str, Any]) -> None:
 
 def _resumed(path: Path, made: dict[str, Any]) -> dict[str, Any]:
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         differing = [key for key in made if state["made"].get(key) != made[key]]
-    except Exception as error:
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of `fit`; delete it to start anew") from error
     if differing:
         raise ValueError(

@@ -412,11 +412,19 @@ def test_renormalized_targets_do_not_see_the_mass_outside():
 
 def test_targets_hold_the_teachers_mass_to_the_last_class():
     t = torch.tensor([50.0, 1.0, 0.0, -900.0])
-    indices, log_probs, log_rest = topk_targets(t, 3)
+    indices, log_probs, log_rest, temperature = topk_targets(t, 3)
+    assert temperature == 1.0
     assert indices.tolist() == [0, 1, 2]
     torch.testing.assert_close(log_probs, t.double().log_softmax(-1)[:3], rtol=0, atol=0)
     assert log_rest.item() == pytest.approx(-950, rel=1e-12)  # 1 - the sum of the rest would be 0
     assert topk_targets(t, 4).log_rest.item() == -math.inf
+
+
+def test_targets_of_another_temperature_are_refused():
+    targets = topk_targets(normal(4, 50), 5, temperature=2.0)
+    topk_kl(normal(4, 50), targets, temperature=2.0)
+    with pytest.raises(ValueError, match=r"made at temperature 2.0 for a loss at 4.0: .*=4.0\)"):
+        topk_kl(normal(4, 50), targets, temperature=4.0)
 
 
 def test_targets_may_be_stored_in_fewer_bytes():

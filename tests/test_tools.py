@@ -1,5 +1,6 @@
 """The tools of `book/_tools`: notebooks in one form, executed side by side, failures not hidden."""
 
+import json
 import os
 import subprocess
 import sys
@@ -141,11 +142,11 @@ def results(monkeypatch, tmp_path):
 
 
 def squares(results, die_at=None):
-    def square(seed):
+    def square(seed, power=2):
         if seed == die_at:
             raise KeyboardInterrupt
         squares.calls.append(seed)
-        return {"value": seed**2}
+        return {"value": seed**power}
 
     return results.grid(square, seed=range(4))
 
@@ -156,7 +157,7 @@ def test_a_killed_run_repeats_only_what_it_had_not_finished(results, tmp_path):
         results.finished("run", squares(results, die_at=2), tmp_path)
     records, seconds = results.finished("run", squares(results), tmp_path)
     assert squares.calls == [0, 1, 2, 3]
-    assert records == [{"seed": n, "value": n**2} for n in range(4)]
+    assert records == [{"seed": n, "power": 2, "value": n**2} for n in range(4)]
     assert seconds >= 0
 
 
@@ -175,3 +176,16 @@ def test_every_stored_run_is_one_that_make_results_makes(results):
     folder = ROOT / "book" / "results"
     stored = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.json")}
     assert stored == set(results.RUNS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "results").rglob("*.json")), ids=str)
+def test_the_stored_records_are_of_the_settings_that_their_run_has(results, path):
+    name = str(path.relative_to(ROOT / "book" / "results").with_suffix(""))
+    tasks = results.RUNS[name]()
+    asked = [results.settings_of(settings, task) for settings, task in tasks]
+    stored = json.loads(path.read_text())["records"]
+    found = [
+        {key: record.get(key) for key in settings}
+        for settings, record in zip(asked, stored, strict=True)
+    ]
+    assert found == asked

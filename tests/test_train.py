@@ -272,7 +272,7 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one(task, tmp_pa
     file.unlink()
     file.write_bytes(before)
     with pytest.raises(ValueError, match="was made by another run: steps differ"):
-        fit(network(), cross_entropy, [task] * 5, checkpoint=file)
+        fit(network(), cross_entropy, [task] * 5, checkpoint=file, every=4)
     with pytest.raises(Killed):
         fit(network(), cross_entropy, [task] * 4, checkpoint=tmp_path / "d", every=2)
     assert not (tmp_path / "d").exists()
@@ -292,11 +292,32 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one(task, tmp_pa
 )
 def test_the_checkpoint_of_another_run_is_refused(task, tmp_path, change):
     file = tmp_path / "c"
-    fit(network(), cross_entropy, [task] * 2, checkpoint=file)
+    fit(network(), cross_entropy, [task] * 2, checkpoint=file, every=2)
     with pytest.raises(ValueError, match=r"made by another run: .*differ; delete it to"):
-        fit(network(), cross_entropy, [task] * 2, checkpoint=file, **change)
+        fit(network(), cross_entropy, [task] * 2, checkpoint=file, every=2, **change)
     with pytest.raises(ValueError, match="shapes differ"):
-        fit(network(width=9), cross_entropy, [task] * 2, checkpoint=file)
+        fit(network(width=9), cross_entropy, [task] * 2, checkpoint=file, every=2)
+
+
+def test_a_recipe_that_could_not_be_read_again_is_refused(task, tmp_path):
+    with pytest.raises(ValueError, match=r"recipe: .* may hold numbers, text and lists of them"):
+        fit(network(), cross_entropy, [task], recipe={"where": tmp_path})
+
+
+def test_a_checkpoint_at_the_end_only_is_refused(task, tmp_path):
+    with pytest.raises(ValueError, match=r"saves nothing from a kill; .* for instance every=3"):
+        fit(network(), cross_entropy, [task] * 30, checkpoint=tmp_path / "c")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_corrupt(task, tmp_path, monkeypatch):
+    (tmp_path / "c").write_bytes(b"x")
+
+    def refuse(*arguments, **options):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError):
+        fit(network(), cross_entropy, [task], checkpoint=tmp_path / "c", every=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
@@ -304,7 +325,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(task, tmp_path, content):
     file = tmp_path / "c"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="is no checkpoint of `fit`; delete it"):
-        fit(network(), cross_entropy, [task], checkpoint=file)
+        fit(network(), cross_entropy, [task], checkpoint=file, every=1)
     assert file.read_bytes() == content
 
 
@@ -385,6 +406,12 @@ def test_an_ensemble_answers_with_its_mean_probability(task):
     assert torch.allclose(mixed.float(), mean, atol=1e-6)
 
 
+def test_an_ensemble_may_be_a_list_of_modules(task):
+    teachers = [network(seed) for seed in range(2)]
+    one, two = (cached_logits(kind, task[0]) for kind in (teachers, nn.ModuleList(teachers)))
+    assert torch.equal(one, two)
+
+
 def test_no_teacher_is_refused(task):
     with pytest.raises(ValueError, match="no teacher; give a model, or a list"):
         cached_logits([], task[0])
@@ -463,9 +490,92 @@ def test_keeping_few_classes_changes_the_student(task):
 
 
 def test_the_loop_s_options_are_bound_by_partial(task, tmp_path):
-    loop = partial(fit, checkpoint=tmp_path / "c", decay=0.3)
+    loop = partial(fit, checkpoint=tmp_path / "c", every=3, decay=0.3)
     distill(network(1), network(5), *task, steps=3, fit=loop)
     assert (tmp_path / "c").is_file()
+
+
+def test_a_checkpoint_of_another_way_to_distill_is_refused(task, text, tmp_path):
+    def go(name, function, *arguments, **options):
+        loop = partial(fit, checkpoint=tmp_path / name, every=2)
+        function(*arguments, steps=2, fit=loop, **options)
+
+    x, y = task
+    go("a", distill, network(1), network(5), x, y, alpha=0.0)
+    for other in ({"alpha": 1.0}, {"alpha": 0.0, "batch": 7}, {"alpha": 0.0, "temperature": 2.0}):
+        with pytest.raises(ValueError, match="made by another run: recipe differ"):
+            go("a", distill, network(1), network(5), x, y, **other)
+    go("b", distill_mutual, [network(1), network(2)], x, y)
+    with pytest.raises(ValueError, match="made by another run: recipe differ"):
+        go("b", distill_mutual, [network(1), network(2)], x, y, weight=2.0)
+    go("c", distill_triple, decoder(1), decoder(2), *text)
+    with pytest.raises(ValueError, match="made by another run: recipe differ"):
+        go("c", distill_triple, decoder(1), decoder(2), *text, weights=(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 4.0}, {"temperature": 2.0, "top": 1}])
+def test_a_cache_made_for_something_else_is_refused(task, options):
+    kept = cached_logits(network(5), task[0], top=2, temperature=2.0)
+    message = r"the cache holds 2 classes at temperature 2.0, .*; give temperature=2.0 and no top"
+    with pytest.raises(ValueError, match=message):
+        distill(network(1), kept, *task, steps=1, **options)
+
+
+def test_a_cache_can_be_kept_in_half_precision(task):
+    x, y = task
+    narrow = cached_logits(network(5), x, top=2, temperature=2.0, dtype=torch.float16)
+    assert [t.dtype for t in narrow[:3]] == [torch.int32, torch.float16, torch.float16]
+    assert sum(t.nbytes for t in narrow[:3]) == len(x) * (6 * 2 + 2)
+    assert cached_logits(network(5), x, dtype=torch.float16).dtype == torch.float16
+    one, two = network(1), network(1)
+    distill(one, narrow, x, y, steps=20, temperature=2.0, rate=0.05)
+    distill(two, network(5), x, y, steps=20, temperature=2.0, rate=0.05, top=2)
+    assert torch.allclose(weights(one), weights(two), atol=1e-2)  # 11 bits of a logarithm
+
+
+def test_without_soft_labels_no_teacher_is_asked(task):
+    distill(network(1), None, *task, steps=1, alpha=0.0)
+
+
+# --- sequences -----------------------------------------------------------------------------------
+
+
+def test_what_the_teacher_wrote_is_learned_and_its_prompt_is_not(text):
+    prompts, teacher = text[0][:5, :3], decoder(3)
+    generator = torch.Generator().manual_seed(1)
+    inputs, labels = train.written(teacher, prompts, 4, batch=2, generator=generator)
+    assert inputs.shape == labels.shape == (5, 6)
+    assert torch.equal(inputs[:, :3], prompts)
+    assert (labels[:, :2] == train.IGNORED).all()
+    assert torch.equal(labels[:, 2:-1], inputs[:, 3:])
+    greedy, last = train.written(teacher, prompts, 4, temperature=0.0)
+    assert torch.equal(teacher(greedy)[:, 2:].argmax(-1), last[:, 2:])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_sequence_distillation_is_training_on_what_was_written(text, soft):
+    prompts, teacher = text[0][:, :2], decoder(3)
+    one, two = decoder(1), decoder(1)
+    train.distill_sequences(one, teacher, prompts, 5, steps=4, batch=6, soft=soft, seed=2)
+    written = train.written(teacher, prompts, 5, generator=torch.Generator().manual_seed(2))
+    options = {"steps": 4, "batch": 6, "temperature": 1.0, "seed": 2}
+    distill(two, teacher, *written, alpha=float(soft), **options)
+    assert torch.equal(weights(one), weights(two))
+
+
+def test_both_kinds_of_sequence_distillation_bring_a_student_to_its_teacher(text):
+    prompts, teacher = text[0][:, :1].repeat(20, 1), decoder(3)
+    distill(teacher, None, *text, steps=60, batch=12, alpha=0.0, rate=0.02)  # it learns to count
+
+    def apart(student):
+        return losses.forward_kl(student(text[0]), teacher(text[0])).item()
+
+    before = apart(decoder(1))
+    for soft in (False, True):
+        student = decoder(1)
+        options = {"steps": 100, "batch": 32, "rate": 0.02, "soft": soft}
+        train.distill_sequences(student, teacher, prompts, 7, **options)
+        assert apart(student) < 0.2 * before
 
 
 @pytest.mark.parametrize("top", [None, 3])
@@ -547,3 +657,12 @@ def test_an_unknown_module_is_refused_and_the_hook_is_taken_off(text):
         model(text[0])
     model(text[0])
     assert len(seen) == 1
+
+
+def test_a_module_that_returns_no_tensor_is_refused():
+    lstm = nn.Sequential(nn.LSTM(3, 2))
+    with (
+        train.outputs(lstm, "0"),
+        pytest.raises(ValueError, match="'0' returns a tuple; name one with a tensor"),
+    ):
+        lstm(torch.ones(1, 3))

@@ -1,6 +1,8 @@
 """Experiment of chapter 5: students of the book's byte model, a quarter of its size or half.
 
-All ways see equally many windows of equal length. The quarter-size students start from the same
+All ways see equally many windows of 255 or 256 bytes. Of a window that the teacher wrote, the 31
+bytes that continue its prompt do not count, so those ways learn from 224 bytes where the others
+learn from 256. The quarter-size students start from the same
 random weights for a seed; the half-size ones keep every second block of the teacher.
 """
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit import data, models
-from compresskit.models.decoder import Decoder, DecoderConfig, sample
+from compresskit.models.decoder import Decoder, DecoderConfig
 from compresskit.recipes import language
 from compresskit.recipes.recipe import Recipe, initialized
 from compresskit.surgery import keep_layers
@@ -22,6 +24,7 @@ from compresskit.train import (
     distill,
     distill_triple,
     fit,
+    written,
 )
 
 SMALL = DecoderConfig(width=64, layers=6, heads=2, kv_heads=2, hidden=192, context=256)
@@ -59,15 +62,8 @@ def teacher_samples(count: int = 1_200, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - PROMPT, (count,), generator=generator)
     prompts = torch.stack([ids[start:][:PROMPT] for start in starts])
-    written = torch.cat(
-        [
-            sample(teacher(), part, SMALL.context - PROMPT, generator=generator)
-            for part in prompts.split(400)
-        ]
-    )
-    inputs, labels = written[:, :-1].clone(), written[:, 1:].clone()
-    labels[:, : PROMPT - 1] = IGNORED
-    return inputs, labels
+    length = SMALL.context - PROMPT
+    return written(teacher(), prompts, length, batch=400, generator=generator)
 
 
 @cache
@@ -108,7 +104,13 @@ def quarter_student(*, way: str, seed: int, steps: int = 1_000, rate: float = 3e
 
 
 def half_student(
-    *, losses: str, seed: int, steps: int = 250, rate: float = 1e-3, fresh: bool = False
+    *,
+    losses: str,
+    seed: int,
+    steps: int = 250,
+    rate: float = 1e-3,
+    temperature: float = 2.0,
+    fresh: bool = False,
 ) -> dict:
     """Train every second block of the teacher on real text and score it in bits per byte.
 
@@ -122,6 +124,8 @@ def half_student(
         updates of 8 windows; 0 scores the blocks as they were taken
     rate : float
         largest learning rate
+    temperature : float
+        of the soft labels
     fresh : bool
         random first weights instead of the teacher's
     """
@@ -133,8 +137,8 @@ def half_student(
     if steps:
         inputs, labels = real_text()
         weights = TRIPLE[losses]
-        options = {"steps": steps, "rate": rate, "seed": seed, "weights": weights}
-        distill_triple(student, teacher(), inputs, labels, **options)
+        options = {"steps": steps, "rate": rate, "seed": seed, "temperature": temperature}
+        distill_triple(student, teacher(), inputs, labels, weights=weights, **options)
     return scores(student)
 
 

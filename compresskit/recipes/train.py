@@ -72,7 +72,8 @@ def classifier(lessons: Lessons, samples: data.Dataset) -> nn.Module:
         logits = model(samples.train_x[rows])
         return F.cross_entropy(logits, samples.train_y[rows], label_smoothing=lessons.smoothing)
 
-    fit(model, loss, batches, rate=lessons.rate, decay=lessons.decay, clip=None)
+    options = {"rate": lessons.rate, "decay": lessons.decay, "seed": lessons.seed}
+    fit(model, loss, batches, clip=None, **options)
     return model.eval()
 
 
