@@ -4,11 +4,12 @@ Logits are (..., classes) tensors: (batch, classes), (batch, length, vocabulary)
 Every loss is a mean over *positions*, the leading dimensions taken together, never a sum over the
 sequence; it is in nats where it is a divergence. Teachers are detached: no gradient reaches them.
 
-All of it is computed and returned in float64, whatever comes in, from log-probabilities. So any
+Losses are computed and returned in float64, whatever comes in, from log-probabilities. So any
 finite float16, bfloat16 or float32 logits give a finite loss, and a gradient that is finite up to
 its last step, the rounding to the type of the logits. A narrower type would not do: T^2 KL is T^2
 times a difference of order 1/T^2 between terms of order 1, of which float32 keeps one digit at
-T = 1000. The price is 8 bytes per logit and intermediate; for large vocabularies there is `TopK`.
+T = 1000. The price is 8 bytes per logit and intermediate, arithmetic that is slow on GPUs made for
+graphics, and none on those without float64; for large vocabularies there is `TopK`.
 
 (Over 200 lines, most of them statements, shapes and refusals: losses are compared side by side.)
 """
@@ -39,7 +40,7 @@ class TopK(NamedTuple):
 
 
 def softmax_temperature(logits: Tensor, temperature: float, *, dim: int = -1) -> Tensor:
-    """p_i = exp(z_i / T) / sum_j exp(z_j / T): uniform as T grows, one-hot on the largest as T → 0.
+    """p_i = exp(z_i / T) / sum_j exp(z_j / T): uniform as T grows, only the largest as T → 0.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def softmax_temperature(logits: Tensor, temperature: float, *, dim: int = -1) ->
 
     Returns
     -------
-    float64 tensor of the shape of the logits, differentiable in them
+    tensor of the shape and type of the logits (float32 for narrower ones), differentiable in them
 
     Raises
     ------
@@ -62,10 +63,11 @@ def softmax_temperature(logits: Tensor, temperature: float, *, dim: int = -1) ->
     Examples
     --------
     >>> softmax_temperature(torch.tensor([0.0, math.log(9)]), 2.0)
-    tensor([0.2500, 0.7500], dtype=torch.float64)
+    tensor([0.2500, 0.7500])
     """
     z = _logits(logits, "logits").movedim(dim, -1)
-    return _log_softmax(z, temperature).exp().movedim(-1, dim)
+    kept = torch.promote_types(logits.dtype, torch.float32)
+    return _log_softmax(z, temperature).exp().movedim(-1, dim).to(kept)
 
 
 def distillation_loss(
@@ -109,10 +111,11 @@ def distillation_loss(
     ----------
     Hinton, Vinyals and Dean, arXiv:1503.02531, section 2. Book: chapter 3.
     """
-    student, teacher = _pair(student_logits, teacher_logits)
     _check_alpha(alpha, alpha_weighs)
-    keep = _labeled(labels, student, ignore_index)
-    student, teacher, labels = student[keep], teacher[keep], labels[keep].long()
+    _check_shapes(student_logits, teacher_logits)
+    keep = _labeled(labels, student_logits, ignore_index)
+    student, teacher = _pair(student_logits[keep], teacher_logits[keep])
+    labels = labels[keep].long()
     hard = _cross_entropy(student, labels)
     soft = temperature**2 * _kl(_log_softmax(teacher, temperature), student, temperature)
     share = alpha if alpha_weighs == "soft" else 1 - alpha
@@ -281,26 +284,26 @@ def topk_kl(
     ----------
     Data processing: book, chapter 2. Use: book, chapter 5.
     """
-    student = _logits(student_logits, "student_logits")
     indices, log_probs, log_rest, made_at = targets
     if made_at != temperature:
         raise ValueError(
             f"targets made at temperature {made_at} for a loss at {temperature}: the mass of the"
             f" rest does not follow; use topk_targets(..., temperature={temperature})"
         )
-    if indices.shape[:-1] != student.shape[:-1] or log_probs.shape != indices.shape:
+    if indices.shape[:-1] != student_logits.shape[:-1] or log_probs.shape != indices.shape:
         raise ValueError(
             f"targets of shape {tuple(indices.shape)} for student_logits of shape"
-            f" {tuple(student.shape)}; they must be {(*student.shape[:-1], 'k')}"
+            f" {tuple(student_logits.shape)}; they must be {(*student_logits.shape[:-1], 'k')}"
         )
-    keep = _mask(keep, student)
+    keep = _mask(keep, student_logits)
+    student = _logits(student_logits[keep], "student_logits")
     indices, p = indices[keep].long(), log_probs[keep].detach().double()
     if indices.numel() and not (0 <= indices.min() and indices.max() < student.shape[-1]):
         raise ValueError(
             f"targets name class {int(indices.max())}; the student knows 0 to"
             f" {student.shape[-1] - 1}: build them with topk_targets from logits of as many classes"
         )
-    every = _log_softmax(student[keep], temperature)
+    every = _log_softmax(student, temperature)
     q = every.gather(-1, indices)
     if renormalize:
         p, q = (x - x.logsumexp(-1, keepdim=True) for x in (p, q))
@@ -441,7 +444,10 @@ def ensemble_logits(logits: Sequence[Tensor]) -> Tensor:
 
 
 def _logits(logits, name):
-    """The logits in float64; the gradient is rounded to their own type on its way back."""
+    """The logits in float64; the gradient is rounded to their own type on its way back.
+
+    Positions that do not count have been left out before: what stands in padding is no matter.
+    """
     if not logits.is_floating_point():
         raise ValueError(
             f"{name} of type {logits.dtype}; logits are floating numbers: use {name}.float()"
@@ -460,20 +466,24 @@ def _logits(logits, name):
     return wide
 
 
-def _pair(student_logits, teacher_logits):
+def _check_shapes(student_logits, teacher_logits):
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"logits of shapes {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)};"
             " they must agree: the same positions and the same classes"
         )
+
+
+def _pair(student_logits, teacher_logits):
+    _check_shapes(student_logits, teacher_logits)
     student = _logits(student_logits, "student_logits")
     return student, _logits(teacher_logits, "teacher_logits").detach()
 
 
 def _kept(student_logits, teacher_logits, keep):
-    student, teacher = _pair(student_logits, teacher_logits)
-    keep = _mask(keep, student)
-    return student[keep], teacher[keep]
+    _check_shapes(student_logits, teacher_logits)
+    keep = _mask(keep, student_logits)
+    return _pair(student_logits[keep], teacher_logits[keep])
 
 
 def _mask(keep, logits):

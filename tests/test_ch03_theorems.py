@@ -21,7 +21,7 @@ TEMPERATURES = [0.3, 0.7, 1.0, 2.0, 5.0, 20.0]
 
 
 def softmax(logits, temperature=1.0):
-    return softmax_temperature(torch.as_tensor(logits), temperature).numpy()
+    return softmax_temperature(torch.as_tensor(logits, dtype=torch.float64), temperature).numpy()
 
 
 def some_logits(count=60, seed=0):

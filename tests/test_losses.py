@@ -420,6 +420,30 @@ def test_targets_hold_the_teachers_mass_to_the_last_class():
     assert topk_targets(t, 4).log_rest.item() == -math.inf
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_stands_in_padding_does_not_matter(bad):
+    s, t = normal(2, 3, 5), normal(2, 3, 5, seed=1)
+    labels = torch.tensor([[0, 1, -100], [2, -100, 4]])
+    keep = labels != -100
+    spoiled = [torch.where(keep[..., None], z, bad).requires_grad_() for z in (s, t)]
+    for loss in (
+        lambda s, t: distillation_loss(s, t, labels, temperature=2.0, alpha=0.5),
+        lambda s, t: forward_kl(s, t, keep=keep),
+        lambda s, t: topk_kl(s, topk_targets(normal(2, 3, 5, seed=1), 2), temperature=1, keep=keep),
+    ):
+        found = loss(*spoiled)
+        assert found.item() == loss(s, t).item()
+        (gradient,) = torch.autograd.grad(found, spoiled[0])
+        assert gradient[keep].abs().max() > 0
+        assert gradient[~keep].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_have_the_type_of_their_logits_and_at_least_float32(dtype):
+    p = softmax_temperature(torch.tensor([1.0, 2.0], dtype=dtype), 2.0)
+    assert p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 def test_targets_of_another_temperature_are_refused():
     targets = topk_targets(normal(4, 50), 5, temperature=2.0)
     topk_kl(normal(4, 50), targets, temperature=2.0)
