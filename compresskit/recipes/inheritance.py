@@ -350,9 +350,7 @@ def poor_teacher(kind: str, seed: int, place: int = 0) -> nn.Module:
         torch.manual_seed(1_000 * place + seed)
         model = classifiers.mnist1d_cnn()
     decay, smoothing = {"overfit": (0.0, 0.0), "regularized": (0.3, 0.1)}[kind]
-    return trained(
-        model, x, y, steps=500, seed=place, rate=5e-3, decay=decay, smoothing=smoothing
-    )
+    return trained(model, x, y, steps=500, seed=place, rate=5e-3, decay=decay, smoothing=smoothing)
 
 
 def pupil(*, arm: str, seed: int) -> dict:
