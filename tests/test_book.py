@@ -326,6 +326,24 @@ def test_the_map_on_the_cover_names_all_22_chapters_in_order():
     assert all(int(number or place) == place for place, (number, _) in enumerate(items, 1))
 
 
+def unmatched(bibliography, texts):
+    """Sources that are listed twice, listed but not cited, or cited but not listed."""
+    listed = re.findall(r"^@\w+\{([^,\s]+),", bibliography, re.MULTILINE)
+    groups = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", "\n".join(texts))
+    cited = {key.strip() for group in groups for key in group.split(",")}
+    return (
+        [f"{key} is listed twice" for key in sorted({k for k in listed if listed.count(k) > 1})]
+        + [f"{key} is listed but not cited" for key in sorted(set(listed) - cited)]
+        + [f"{key} is cited but not listed" for key in sorted(cited - set(listed))]
+    )
+
+
+def test_the_bibliography_lists_exactly_the_works_that_are_cited():
+    texts = [prose(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
+    texts += [path.read_text() for path in sorted((ROOT / "book").glob("*.md"))]
+    assert unmatched((ROOT / "book" / "references.bib").read_text(), texts) == []
+
+
 # --- the checks can fail ----------------------------------------------------------------------
 
 
@@ -454,3 +472,12 @@ def test_a_statement_without_its_tests_is_noticed():
     assert unchecked(["lem-a"], [""]) == ["no test is marked theorem('lem-a')"]
     assert unchecked([], [test]) == ["a test is marked 'thm-a', which no chapter states"]
     assert unchecked(["thm-a"], ["# pytest.mark.theorem('thm-a')"]) != []
+
+
+def test_a_source_that_is_not_matched_is_noticed():
+    one, two = "@book{a2001one,\n}\n", "@misc{b2002two,\n}\n"
+    text = "As {cite}`a2001one` and {cite:t}`b2002two, a2001one` say."
+    assert unmatched(one + two, [text]) == []
+    assert unmatched(one + two + one, [text]) == ["a2001one is listed twice"]
+    assert unmatched(one + two, ["{cite}`b2002two`"]) == ["a2001one is listed but not cited"]
+    assert unmatched(one, [text]) == ["b2002two is cited but not listed"]
