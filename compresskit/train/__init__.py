@@ -1,0 +1,27 @@
+"""Training: one loop, and the ways of distillation built on it, model and batches in, model out."""
+
+from compresskit.train.distillation import IGNORED as IGNORED
+from compresskit.train.distillation import (
+    cached_logits,
+    distill,
+    distill_mutual,
+    distill_sequences,
+    distill_triple,
+    outputs,
+    written,
+)
+from compresskit.train.loop import Run, Shuffled, fit
+
+# The order of the reference page.
+__all__ = [  # noqa: RUF022
+    "fit",
+    "Run",
+    "Shuffled",
+    "cached_logits",
+    "distill",
+    "written",
+    "distill_sequences",
+    "distill_mutual",
+    "distill_triple",
+    "outputs",
+]
