@@ -176,7 +176,8 @@ def look(browser, url, *, axe=True, listings=True):
         page.set_viewport_size({"width": 1280, "height": 900})
         # What MathJax draws is tested where MathJax is made; and listings are colored alike.
         away = "mjx-container" if listings else "mjx-container, pre"
-        page.evaluate("away => document.querySelectorAll(away).forEach(e => e.remove())", away)
+        # They are hidden, not removed: MathJax may still be at work on them.
+        page.add_style_tag(content=f":is({away}) {{display: none !important}}")
         # Colors are looked at when they have arrived, not on their way.
         page.add_style_tag(content="*, ::before, ::after {transition: none !important}")
         page.evaluate(axe_source())
