@@ -7,10 +7,12 @@ the same check.
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from compresskit import losses
 
@@ -227,26 +229,41 @@ def test_for_whole_texts_the_noise_does_not_simply_add():
 
 
 def check_gradients_at_the_goal(token_level):
-    """At q = p the gradients of the two estimates on each text; `token_level(p, q, y)` is one."""
+    """At q = p, in the logits, `token_level`(z, p, another p, y) has no gradient, and -ln q_y noise.
+
+    Its gradients have mean 0 and the Fisher matrix as covariance. All are autograd's.
+    """
     for seed in RNG_SEEDS:
-        chain = Chain(seed)
-        for prefix, (p, _) in chain.rows.items():
-            sequence = [p - np.eye(3)[y] for y in range(3)]  # d(-ln q_y)/dz at q = p
-            mean = sum(p[y] * sequence[y] for y in range(3))
-            covariance = sum(p[y] * np.outer(sequence[y], sequence[y]) for y in range(3))
-            np.testing.assert_allclose(mean, 0, atol=1e-15)
-            np.testing.assert_allclose(covariance, np.diag(p) - np.outer(p, p), atol=1e-15)
-            assert all(np.abs(token_level(p, p, y)).max() == 0 for y in range(3)), prefix
+        for p, other in Chain(seed).rows.values():
+            goal = torch.from_numpy(p).log()[None]
+
+            def slope(loss, goal=goal):
+                z = (goal + 1.5).requires_grad_(True)  # other logits, the same distribution
+                return torch.autograd.grad(loss(z), z)[0][0].numpy()
+
+            labels = [torch.tensor([y]) for y in range(3)]
+            drawn = np.array([slope(partial(cross_entropy, target=y)) for y in labels])
+            np.testing.assert_allclose(p @ drawn, 0, atol=1e-12)
+            fisher = np.diag(p) - np.outer(p, p)
+            np.testing.assert_allclose(drawn.T @ (p[:, None] * drawn), fisher, atol=1e-12)
+            for y in labels:
+                found = slope(lambda z, y=y, p=p, other=other: token_level(z, p, other, y))
+                np.testing.assert_allclose(found, 0, atol=1e-12)
+
+
+def to(distribution, z):
+    return losses.forward_kl(z, torch.from_numpy(distribution).log()[None])
 
 
 @pytest.mark.theorem("thm-sequence-variance")
 def test_at_the_goal_only_the_gradient_of_drawn_symbols_is_noisy():
-    check_gradients_at_the_goal(lambda p, q, y: q - p)
+    check_gradients_at_the_goal(lambda z, p, other, y: to(p, z))
 
 
 @pytest.mark.false_variant("thm-sequence-variance")
-def test_the_gradient_on_drawn_symbols_does_not_vanish_at_the_goal():
-    rejects(check_gradients_at_the_goal, lambda p, q, y: q - np.eye(3)[y])
+def test_neither_drawn_symbols_nor_another_teacher_leave_the_goal_in_peace():
+    rejects(check_gradients_at_the_goal, lambda z, p, other, y: cross_entropy(z, y))
+    rejects(check_gradients_at_the_goal, lambda z, p, other, y: to(other, z))
 
 
 # --- the top k -----------------------------------------------------------------------------------
