@@ -28,6 +28,7 @@ def test_first_weights_depend_on_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_an_experiment_repeats_itself_and_changes_with_its_seed():
     found = [accuracy(way="soft"), accuracy(way="soft")]
     assert found[0] == found[1]
@@ -35,12 +36,14 @@ def test_an_experiment_repeats_itself_and_changes_with_its_seed():
     assert others != {found[0]}
 
 
+@pytest.mark.slow
 def test_without_soft_labels_every_way_is_the_first():
     plain = accuracy(way="hard")
     # other roundings on the way to the same loss: a few of 1,000 answers may differ
     assert accuracy(way="soft", alpha=0.0) == pytest.approx(plain, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_few_examples_has_seen_only_those():
     samples = data.mnist1d()
     model = distillation.teacher(30, 0, steps=150)
@@ -130,6 +133,7 @@ def test_real_text_is_the_training_split_and_all_of_it():
     assert len(ids) - seen <= 128
 
 
+@pytest.mark.slow
 def test_samples_start_with_real_text_that_is_not_learned():
     inputs, labels = language_student.teacher_samples(3, seed=1)
     text = bytes(data.text(data.pydoc().train).tolist())

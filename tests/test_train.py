@@ -552,6 +552,7 @@ def test_what_the_teacher_wrote_is_learned_and_its_prompt_is_not(text):
     assert torch.equal(teacher(greedy)[:, 2:].argmax(-1), last[:, 2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [False, True])
 def test_sequence_distillation_is_training_on_what_was_written(text, soft):
     prompts, teacher = text[0][:, :2], decoder(3)
@@ -563,6 +564,7 @@ def test_sequence_distillation_is_training_on_what_was_written(text, soft):
     assert torch.equal(weights(one), weights(two))
 
 
+@pytest.mark.slow
 def test_both_kinds_of_sequence_distillation_bring_a_student_to_its_teacher(text):
     prompts, teacher = text[0][:, :1].repeat(20, 1), decoder(3)
     distill(teacher, None, *text, steps=60, batch=12, alpha=0.0, rate=0.02)  # it learns to count
@@ -592,6 +594,7 @@ def test_ignored_positions_teach_nothing(text, top):
     assert torch.equal(weights(one), weights(two))
 
 
+@pytest.mark.slow
 def test_mutual_students_agree_more_than_those_trained_alone(task):
     x, y = task
     apart = {}
