@@ -229,7 +229,7 @@ def test_for_whole_texts_the_noise_does_not_simply_add():
 
 
 def check_gradients_at_the_goal(token_level):
-    """At q = p, in the logits, `token_level`(z, p, another p, y) has no gradient, and -ln q_y noise.
+    """At q = p, in the logits, `token_level`(z, p, another, y) has no gradient, and -ln q_y noise.
 
     Its gradients have mean 0 and the Fisher matrix as covariance. All are autograd's.
     """
