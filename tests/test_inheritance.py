@@ -116,6 +116,22 @@ def test_ascent_finds_more_than_it_starts_with(few):
     assert lab.ascent((40, 8, 10), few.x, p, signs, seed=0, steps=60) > start + 0.05
 
 
+@pytest.mark.parametrize("kind", ["overfit", "regularized", "tiny"])
+def test_no_poor_teacher_learns_from_the_inputs_of_its_student(kind, monkeypatch):
+    asked = []
+
+    def lesson(count, seed):
+        asked.append((count, seed))
+        return torch.zeros(1, 40), torch.zeros(1), 0
+
+    monkeypatch.setattr(lab, "lesson", lesson)
+    monkeypatch.setattr(lab, "trained", lambda model, x, y, **settings: model)
+    for seed in range(5):
+        lab.poor_teacher.__wrapped__(kind, seed)
+    assert len(asked) == 5
+    assert not {seed for _, seed in asked} & {*range(5), lab.HELD_OUT_SEED}
+
+
 @pytest.mark.parametrize(
     ("call", "why"),
     [

@@ -339,10 +339,11 @@ def poor_teacher(kind: str, seed: int, place: int = 0) -> nn.Module:
 
     "overfit": a convolutional net after 500 steps on `FEW` labels, with neither decay nor
     smoothing; `place` changes its first weights and the order, not the labels. "regularized": the
-    same with decay 0.3 and smoothing 0.1. "tiny": four hidden units, 4000 labels.
+    same with decay 0.3 and smoothing 0.1. "tiny": four hidden units, 4000 labels. None of them has
+    seen the inputs `lesson(4_000, seed)` on which its student imitates it.
     """
     if kind == "tiny":
-        x, y, _ = lesson(4_000, seed)
+        x, y, _ = lesson(4_000, FEW_SEED + seed)
         small = network(40, 4, CLASSES, seed=seed)
         return trained(small, x, y, steps=1_000, seed=seed, decay=1e-2)
     x, y, _ = lesson(FEW, FEW_SEED + seed)
@@ -359,9 +360,10 @@ def pupil(*, arm: str, seed: int) -> dict:
     Returns
     -------
     dict
-        with a teacher also its `teacher_error` and `teacher_risk`; of an overfit one `same_wrong`,
-        how often the student repeats its wrong answers, and `same_wrong_other`, how often those of
-        the overfit teacher of other examples
+        with a teacher also its `teacher_error` and `teacher_risk`; of an overfit one `few_error`,
+        its error on the examples that it learned from, `same_wrong`, how often the student repeats
+        its wrong answers, and `same_wrong_other`, how often those of the overfit teacher of other
+        examples
     """
     x = lesson(4_000, seed)[0]
     few, labels, _ = lesson(FEW, FEW_SEED + seed)
@@ -382,6 +384,7 @@ def pupil(*, arm: str, seed: int) -> dict:
     p, of_teacher = probabilities(student, held_out()), graded(given)
     found = graded(p) | {f"teacher_{name}": of_teacher[name] for name in ("error", "risk")}
     if arm == "overfit":
+        found["few_error"] = error(probabilities(teacher, few), labels)
         y = lesson(HELD_OUT, HELD_OUT_SEED)[1]
         other = probabilities(poor_teacher("overfit", seed + 1), held_out())
         for name, answers in (("same_wrong", given), ("same_wrong_other", other)):
