@@ -215,7 +215,7 @@ def test_a_teacher_fitted_to_the_sample_breaks_the_bound():
                 delta=1 - delta,
             )
             failures.append(theory.gibbs_risk(student, np.zeros(size)) > bound.total)
-        assert any(failures) != fresh
+        assert failures == [not fresh] * size  # always, where delta = 0.05 would allow 2 in 50
 
 
 @pytest.mark.false_variant("thm-distillation-bound")
@@ -501,6 +501,35 @@ def test_the_sample_may_not_hide_all_of_its_complexity():
     assert not check_bound(bound, sharp=False)
 
 
+@pytest.mark.false_variant("cor-inherit-sample")
+def test_the_complexity_of_the_sample_alone_leaves_out_luck():
+    """One student has no complexity, and the sample may still miss the input where it errs."""
+
+    def bound(world, places, teacher, _, delta):
+        sample = theory.rademacher_finite(world.tv[:, places])
+        return teacher + np.sqrt(world.kl[:, places].mean(-1) / 2) + 2 * sample
+
+    assert not check_bound(bound, sharp=False)
+
+
+@pytest.mark.theorem("cor-inherit-sample")
+@pytest.mark.false_variant("cor-inherit-sample")
+@pytest.mark.parametrize(("factor", "holds"), [(2, True), (1, True), (0.5, False), (0, False)])
+def test_tables_of_thirty_inputs_need_some_of_the_complexity(factor, holds):
+    """A table is right on the sample and wrong elsewhere; one for each sample is in the class.
+
+    Inputs are continuous, so a table's risk is 1 beside a teacher that is right everywhere; the
+    class follows all signs on the sample, which makes the complexity 1/2. A factor between 1/2
+    and 2 is not decided by this class.
+    """
+    n, delta = 30, 0.05
+    patterns = np.array(list(itertools.product([0.0, 1.0], repeat=10)))
+    complexity = theory.rademacher_finite(patterns)  # of all patterns, whatever their length
+    assert complexity == pytest.approx(0.5, rel=1e-12)
+    bound = factor * complexity + 3 * theory.confidence_term(n, delta / 2)
+    assert (bound >= 1) == holds
+
+
 ALONE = [case for case in WORLDS if len(case[0].students) == 1]
 
 
@@ -551,3 +580,79 @@ def test_students_with_short_files_keep_the_bound_all_at_once():
 )
 def test_false_prices_of_bits_are_rejected(variant):
     assert not check_occam(variant)
+
+
+# --- what the bound is silent about
+
+
+def orders(inputs, s1, s2):
+    """The signs of R(s1) - R(s2) under all rules y(x), by listing the rules."""
+    size, k = s1.shape
+    signs = set()
+    for labels in itertools.product(range(k), repeat=size):
+        right = np.arange(size), list(labels)
+        signs.add(int(np.sign(inputs @ (s2[right] - s1[right]))))
+    return signs
+
+
+def check_orders(possible):
+    """Is possible(t, s1, s2) the set of all signs of R(s1) - R(s2)? Also for two equal students."""
+    rng = np.random.default_rng(5)
+    for case in range(60):
+        k, size = int(rng.integers(2, 5)), 3
+        t, s1, s2 = rng.dirichlet(np.full(k, 0.5), size=(3, size))
+        if case % 3 == 0:
+            s1 = 0.99 * t + 0.01 * s1  # close to the teacher, and still worse under some labels
+        if case % 10 == 0:
+            s2 = s1
+        if possible(t, s1, s2) != orders(rng.dirichlet(np.ones(size)), s1, s2):
+            return False
+    return True
+
+
+@pytest.mark.theorem("prop-inherit-silent")
+def test_of_two_different_students_either_may_have_the_smaller_risk():
+    assert check_orders(lambda t, s1, s2: {-1, 1} if (s1 != s2).any() else {0})
+
+
+@pytest.mark.theorem("prop-inherit-silent")
+def test_the_rule_of_the_proof_makes_the_first_student_better_by_the_mean_largest_difference():
+    rng = np.random.default_rng(6)
+    for k in (2, 3, 10):
+        s1, s2 = rng.dirichlet(np.full(k, 0.5), size=(2, 40))
+        labels = (s1 - s2).argmax(-1)
+        lead = theory.gibbs_risk(s2, labels) - theory.gibbs_risk(s1, labels)
+        assert lead == pytest.approx((s1 - s2).max(-1).mean(), rel=1e-12)
+        assert lead > 0
+
+
+def by(distance):
+    """The claim that the student at the smaller distance from the teacher has the smaller risk."""
+
+    def possible(t, s1, s2):
+        return {int(np.sign(distance(t, s1) - distance(t, s2)))}
+
+    return possible
+
+
+@pytest.mark.false_variant("prop-inherit-silent")
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(by(theory.mean_total_variation), id="the closer student is the better one"),
+        pytest.param(by(theory.divergence_term), id="the smaller divergence, the smaller risk"),
+        pytest.param(lambda t, s1, s2: {-1, 1}, id="equal students, too"),
+        pytest.param(
+            lambda t, s1, s2: (
+                {0}
+                if (s1 == s2).all()
+                else by(theory.mean_total_variation)(t, s1, s2)
+                if (abs(t - s1).max() < 0.02)
+                else {-1, 1}
+            ),
+            id="one that is within 0.02 of the teacher cannot be the worse",
+        ),
+    ],
+)
+def test_distances_do_not_order_risks(variant):
+    assert not check_orders(variant)
