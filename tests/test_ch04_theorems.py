@@ -451,6 +451,7 @@ def check_linear(bound):
     The teacher is sure of the first class, so the distance is the student's p_2. For signs e take
     the W whose rows are -e and e times B / sqrt(2 n): then p_2 = 1/2 + a e_i for each i, and the
     sum over e_i p_2 is n a + sum e_i / 2, with mean n a. So the complexity is at least a.
+    This reaches half of the bound, so a factor between 1/2 and 1 is not decided here.
     """
     for n, radius in itertools.product([1, 4, 16, 100], [0.05, 0.5]):
         step = radius / math.sqrt(2 * n)
