@@ -237,6 +237,8 @@ HALF = [[0.5, 0.5]]
         (lambda: theory.linear_bound(np.ones((0, 3)), 1.0), r"inputs has shape \(0, 3\)"),
         (lambda: theory.softmax_complexity(1.0, 1.0, 0, 10), "a count of 0"),
         (lambda: theory.network_complexity([-1.0], 1.0, 1.0, 10), "norms holds -1"),
+        (lambda: theory.network_complexity([1.0], -2.0, 1.0, 10), "last holds -2"),
+        (lambda: theory.softmax_complexity(1.0, -3.0, 10, 10), "input_norm holds -3"),
     ],
 )
 def test_a_number_outside_its_range_is_refused(call, why):

@@ -20,8 +20,9 @@ from compresskit.theory.information import kl_divergence, total_variation
 class RiskBound(NamedTuple):
     """A bound on a student's Gibbs risk, term by term; `total` is their sum.
 
-    `distance` bounds the mean total variation on the sample, `complexity` and `confidence` what
-    the sample may hide of it. A total of 1 or more says nothing: the risk is never above 1.
+    `distance` bounds the mean total variation on the sample (it is that mean itself in
+    `fresh_sample_bound`), `complexity` and `confidence` what the sample may hide of it. A total of
+    1 or more says nothing: the risk is never above 1.
     """
 
     teacher_risk: float
@@ -182,7 +183,9 @@ def distillation_bound(teacher, student, *, teacher_risk, complexity, delta, mea
         R(t), expected Gibbs risk of the teacher
     complexity : float
         Rademacher complexity of the functions x -> TV(teacher(x), student(x)) over the class of
-        students, or an upper bound on it; not that of the students themselves
+        students, or an upper bound on it; not that of the students themselves. An estimate from
+        below, such as a supremum searched by ascent, gives no bound, and a Monte Carlo mean one
+        up to its standard error
     delta : float
         probability of failure
     measured : str
@@ -382,7 +385,7 @@ def linear_supremum(inputs, radius):
     >>> linear_supremum([[3.0, 0.0], [0.0, 4.0]], 2.0)(np.array([1.0, -1.0]))
     5.0
     """
-    inputs, radius = _matrix(inputs, "inputs"), _radius(radius)
+    inputs, radius = _matrix(inputs, "inputs"), _length(radius, "radius")
     return lambda signs: float(radius * np.linalg.norm(signs @ inputs) / len(inputs))
 
 
@@ -402,7 +405,7 @@ def linear_bound(inputs, radius):
     5.0
     """
     inputs = _matrix(inputs, "inputs")
-    return float(_radius(radius) * np.linalg.norm(inputs) / len(inputs))
+    return float(_length(radius, "radius") * np.linalg.norm(inputs) / len(inputs))
 
 
 def softmax_complexity(radius, input_norm, classes, count):
@@ -428,7 +431,12 @@ def softmax_complexity(radius, input_norm, classes, count):
     >>> softmax_complexity(2.0, 1.0, 10, 1000)
     0.1
     """
-    return _radius(radius) * _radius(input_norm) / 2 * math.sqrt(_count(classes) / _count(count))
+    return (
+        _length(radius, "radius")
+        * _length(input_norm, "input_norm")
+        / 2
+        * math.sqrt(_count(classes) / _count(count))
+    )
 
 
 def network_complexity(norms, last, input_norm, count):
@@ -461,7 +469,7 @@ def network_complexity(norms, last, input_norm, count):
     norms = finite(nonnegative(norms, "norms"), "norms")
     depth = norms.size + 1
     growth = math.sqrt(2 * math.log(2) * depth) + 1
-    size = _radius(last) / 2 * float(norms.prod()) * _radius(input_norm)
+    size = _length(last, "last") / 2 * float(norms.prod()) * _length(input_norm, "input_norm")
     return size * growth / math.sqrt(_count(count))
 
 
@@ -483,8 +491,8 @@ def _risk(risk):
     return float(risk)
 
 
-def _radius(radius):
-    return float(finite(nonnegative(radius, "radius"), "radius"))
+def _length(value, name):
+    return float(finite(nonnegative(value, name), name))
 
 
 def _matrix(x, name):
