@@ -8,7 +8,8 @@ import torch
 from compresskit import data
 from compresskit.models import decoder
 from compresskit.recipes import distillation, language_student
-from compresskit.train import IGNORED
+from compresskit.recipes.recipe import Recipe, initialized
+from compresskit.train import IGNORED, Shuffled, cached_logits
 
 accuracy = partial(distillation.student_accuracy, count=50, seed=0, steps=20)
 
@@ -152,3 +153,57 @@ def test_the_quarter_size_student_has_a_quarter_of_the_parameters():
     teacher = language_student.teacher()
     small, large = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
     assert small / large == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Seven windows of text, two of the teacher's, and the trained student instead of its score."""
+    text = language_student.windows(data.text(data.pydoc().train)[: 7 * 256 + 1], 256, 256)
+    own = language_student.teacher_samples.__wrapped__(2, seed=0)
+    seen = {"real": text, "samples": own}
+    monkeypatch.setattr(language_student, "real_text", lambda: text)
+    monkeypatch.setattr(language_student, "teacher_samples", lambda: own)
+    monkeypatch.setattr(
+        language_student,
+        "answers",
+        lambda name: cached_logits(language_student.teacher(), seen[name][0]),
+    )
+    monkeypatch.setattr(language_student, "scores", lambda model: model)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", language_student.WAYS)
+def test_a_way_trains_on_its_text_and_its_kind_of_label(short, way):
+    """The first update against one written out: the same weights, batch and gradient."""
+    student = language_student.quarter_student(way=way, seed=1, steps=1)
+    inputs, labels = short["real" if way in ("hard", "token-level") else "samples"]
+    by_hand = initialized(Recipe(language_student.SMALL, seed=1))
+    x, y, theirs = Shuffled(
+        inputs, labels, language_student.teacher()(inputs).detach(), size=8, steps=1, seed=1
+    )[0]
+    counted = y != IGNORED
+    mine = by_hand(x)[counted].log_softmax(-1)
+    if way.startswith("token-level"):
+        p = theirs[counted].softmax(-1)
+        loss = (p * (p.log() - mine)).sum(-1).mean()
+    else:
+        loss = -mine.gather(-1, y[counted][:, None]).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+    torch.optim.AdamW(by_hand.parameters(), lr=3e-3, weight_decay=0.0).step()
+    for ours, theirs in zip(student.parameters(), by_hand.parameters(), strict=True):
+        # the first step of Adam is about rate * sign: a gradient near 0 may round to either side
+        assert ((ours - theirs).abs() > 1e-5).double().mean() < 0.01
+
+
+@pytest.mark.slow
+def test_the_half_size_student_starts_as_every_second_block(short):
+    start = language_student.half_student(losses="three losses", seed=0, steps=0)
+    teacher = language_student.teacher()
+    for place, block in enumerate(start.blocks):
+        assert torch.equal(block.attn.q.weight, teacher.blocks[2 * place].attn.q.weight)
+    trained = language_student.half_student(losses="hard labels only", seed=0, steps=1)
+    fresh = language_student.half_student(losses="hard labels only", seed=0, steps=1, fresh=True)
+    moved = [(m.embed.weight - start.embed.weight).abs().max() for m in (trained, fresh)]
+    assert 0 < moved[0] < 2e-3 < moved[1]  # one step of Adam at 1e-3, and other first weights
