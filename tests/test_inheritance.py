@@ -14,6 +14,7 @@ def few():
     return lab.sample(60, 0)
 
 
+@pytest.mark.slow
 def test_the_scale_is_that_of_the_books_data_set():
     """Its 5000 lines, drawn again and scaled by these constants, are the same 5000 lines."""
     lines = lab._lines(np.repeat(lab._generator()[0]["y"], 500), 42)

@@ -2,7 +2,8 @@
 
 p(x_1 ... x_T) = prod_t p(x_t | x_1 ... x_{t-1}); the parts are those of Llama: root-mean-square
 norms before each sub-layer, rotary positions, grouped-query causal attention, a gated
-feed-forward layer (SwiGLU), and one matrix that is both embedding and output head.
+feed-forward layer (SwiGLU), and one matrix that is both embedding and output head. (Over 200
+lines: a model is read as one piece, and here with what it writes.)
 """
 
 from dataclasses import dataclass
