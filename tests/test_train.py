@@ -533,6 +533,20 @@ def test_a_cache_can_be_kept_in_half_precision(task):
     assert torch.allclose(weights(one), weights(two), atol=1e-2)  # 11 bits of a logarithm
 
 
+def test_a_student_that_diverges_is_told_so(task):
+    message = r"the student's logits are not finite: .* has diverged; use a lower rate or a warmup"
+    with pytest.raises(FloatingPointError, match=message):
+        distill(network(1), network(5), *task, steps=9, rate=1e36)
+    with pytest.raises(FloatingPointError, match=message):
+        distill_mutual([network(1), network(2)], *task, steps=9, rate=1e36)
+
+
+def test_a_student_of_three_losses_that_diverges_is_told_so(text):
+    """Its norms keep the logits finite; the gradients are not."""
+    with pytest.raises(FloatingPointError, match=r"norm is nan at step 2; .* rate below 1e\+36"):
+        distill_triple(decoder(1), decoder(2), *text, steps=9, rate=1e36)
+
+
 def test_without_soft_labels_no_teacher_is_asked(task):
     assert len(distill(network(1), None, *task, steps=2, alpha=0.0).losses) == 2
 

@@ -132,6 +132,8 @@ def distill(
     ------
     ValueError
         a cache made at another temperature or with another number of classes
+    FloatingPointError
+        the student's logits are no longer finite
 
     References
     ----------
@@ -159,7 +161,7 @@ def distill(
 
     def loss(model: nn.Module, row: tuple[Tensor, ...]) -> Tensor:
         x, y, *target = row
-        logits = model(x)
+        logits = _finite_logits(model, x, y)
         if alpha and not lumped:
             return distillation_loss(logits, target[0], y, temperature=temperature, alpha=alpha)
         # With alpha = 0 the teacher does not matter: this is the cross-entropy, with its checks.
@@ -296,7 +298,7 @@ def distill_mutual(
 
     def loss(models: nn.ModuleList, row: tuple[Tensor, ...]) -> Tensor:
         x, y = row
-        logits = [model(x) for model in models]
+        logits = [_finite_logits(model, x, y) for model in models]
         return mutual_losses(logits, y, temperature=temperature, weight=weight).sum()
 
     recipe = {"mutual": [len(inputs), batch, temperature, weight]}
@@ -353,7 +355,7 @@ def distill_triple(
     def loss(model: nn.Module, row: tuple[Tensor, ...]) -> Tensor:
         x, y = row
         with outputs(model, hidden[0]) as mine:
-            logits = model(x)
+            logits = _finite_logits(model, x, y)
         with torch.no_grad(), evaluating(teacher), outputs(teacher, hidden[1]) as theirs:
             target = teacher(x)
         total = logits.new_zeros(())
@@ -390,3 +392,14 @@ def outputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def _finite_logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What `model` answers. The losses refuse what is not finite too, but cannot know why it is."""
+    logits = model(x)
+    if not logits.detach()[y != IGNORED].isfinite().all():
+        raise FloatingPointError(
+            "the student's logits are not finite: its inputs are not, or the run has diverged; use"
+            " a lower rate or a warmup"
+        )
+    return logits
