@@ -31,16 +31,11 @@ from compresskit.affine import QuantSpec
 from compresskit.methods import round_to_nearest
 from compresskit.model import collect, compress, decoded, layers, size_table, tables
 from compresskit.recipes import distillation, inheritance, language_student, sentence_student
+from compresskit.recipes.sentence_student import paragraphs
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 PARTIAL = HERE.parents[1] / "_build" / "results"
 Tasks = Iterator[tuple[dict, Callable[[], dict]]]
-SHORTEST = 80  # characters: headings and one-line remarks are no paragraphs
-
-
-def paragraphs(split: tuple[str, ...]) -> list[str]:
-    """The paragraphs of a split that are long enough to embed."""
-    return [text for text in split if len(text) >= SHORTEST]
 
 
 def minilm_board(chapter: int, plans: dict[str, dict]) -> Tasks:

@@ -196,29 +196,25 @@ def fit(
         state = _resumed(Path(checkpoint), made)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    modes = {module: module.training for module in model.modules()}
     bar = tqdm(total=steps, initial=state["step"], disable=not progress, unit="step")
-    try:
-        with bar, torch.random.fork_rng(devices=_gpus(model)):
-            model.train()
-            for step in range(state["step"], steps):
-                _reseed(seed + 7_919 * (step + 1), _gpus(model))
-                for group, top in zip(optimizer.param_groups, tops, strict=True):
-                    group["lr"] = _rate_at(step, steps, top, warmup)
-                state["losses"].append(_update(model, optimizer, loss, batches[step], clip, step))
-                bar.update()
-                if (step + 1) % (every or steps) and step + 1 < steps:
-                    continue
-                state["step"] = step + 1
-                if evaluate is not None:
-                    _judge(model, evaluate, state)
-                    bar.set_postfix(state["curve"][-1])
-                if checkpoint is not None:
-                    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    _replace(Path(checkpoint), state)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    # `evaluating` puts every module back into its mode, however the run ends
+    with evaluating(model), bar, torch.random.fork_rng(devices=_gpus(model)):
+        model.train()
+        for step in range(state["step"], steps):
+            _reseed(seed + 7_919 * (step + 1), _gpus(model))
+            for group, top in zip(optimizer.param_groups, tops, strict=True):
+                group["lr"] = _rate_at(step, steps, top, warmup)
+            state["losses"].append(_update(model, optimizer, loss, batches[step], clip, step))
+            bar.update()
+            if (step + 1) % (every or steps) and step + 1 < steps:
+                continue
+            state["step"] = step + 1
+            if evaluate is not None:
+                _judge(model, evaluate, state)
+                bar.set_postfix(state["curve"][-1])
+            if checkpoint is not None:
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                _replace(Path(checkpoint), state)
     if state["best"] is not None:
         model.load_state_dict(state["best"])
     return Run(state["losses"], state["curve"])
