@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compresskit import bits
 
@@ -31,9 +32,29 @@ class Code(ABC):
     integer, a string, a list) and is part of the formula.
     """
 
+    #: Whether `product` rounds its inputs too, so that it is not the product with `decode()`.
+    quantizes_inputs = False
+
     @abstractmethod
     def decode(self) -> Tensor:
         """The tensor this code stands for."""
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias for the (m, n) matrix W: what a linear layer does with this code.
+
+        A node that multiplies without decoding, or by another arithmetic, says so itself.
+
+        Parameters
+        ----------
+        x : (..., n) tensor
+        bias : (m,) tensor
+            None: none
+
+        Returns
+        -------
+        (..., m) tensor of the dtype of `x`
+        """
+        return F.linear(x, self.decode().to(x.dtype), bias)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -59,11 +59,17 @@ def compressed(layer: nn.Module, code: Code) -> Compressed:
 
     Raises
     ------
-    ValueError : the code's shape is not that of the layer's matrix
+    ValueError : the code's shape is not that of the layer's matrix, or it quantizes inputs and the
+        layer is not linear
     """
     expected = tuple(as_matrix(layer).shape)
     if code.shape != expected:
         raise ValueError(f"a code of shape {code.shape} for a layer whose matrix is {expected}")
+    if code.quantizes_inputs and not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"a code that quantizes its inputs for a {type(layer).__name__}; only nn.Linear layers"
+            " take one, others take the code of the weight alone"
+        )
     kinds = {nn.Linear: CompressedLinear, nn.Embedding: CompressedEmbedding}
     found = [kind for base, kind in kinds.items() if isinstance(layer, base)]
     return (found[0] if found else CompressedConv2d)(code, layer)
@@ -133,10 +139,10 @@ class Compressed(nn.Module):
 
 
 class CompressedLinear(Compressed):
-    """x -> code.decode() x + bias."""
+    """x -> W x + bias, multiplied as its code does it (`Code.product`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.code.product(x, self.bias)
 
     def _dense(self) -> nn.Linear:
         out, inputs = self.kernel_shape

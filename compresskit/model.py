@@ -123,11 +123,98 @@ def compress(
 
 
 @torch.no_grad()
+def compress_in_order(
+    model: nn.Module,
+    plan: Mapping[str, Method],
+    batches: Iterable[Any],
+    *,
+    stack: str,
+    run: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
+) -> nn.Module:
+    """`compress`, each block of a stack calibrated on what the compressed blocks before it return.
+
+    `collect` shows every layer the inputs that it has in the original model; in the compressed
+    one they carry the errors of all layers before it. Here a block's moments are of the latter, so
+    its methods fit the inputs that it will meet. Within a block all are collected at once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        not changed; its blocks take a tensor (and what else they were called with, the same for
+        all) and return the next block's
+    plan : mapping
+        layer name -> method, as for `compress`; layers of the stack only
+    batches : iterable
+        what `run` takes, one at a time
+    stack : str
+        name of the `nn.ModuleList` of blocks, such as "blocks" or "encoder.layer"
+    run : callable
+        how to call the model on a batch
+
+    Raises
+    ------
+    ValueError : no such stack; a name that is no layer, or none of the stack's; no batch
+
+    Notes
+    -----
+    Two passes over the calibration text where `collect` takes one; the inputs of one block are
+    held in memory. So the GPTQ reference code calibrates (Frantar et al., arXiv 2210.17323).
+    """
+    _named(model, layers(model), plan)
+    stacks = [name for name, m in model.named_modules() if type(m) is nn.ModuleList and len(m)]
+    if stack not in stacks:
+        raise ValueError(f"no stack {stack!r}; this model has {', '.join(stacks) or 'none'}")
+    outside = [name for name in plan if not name.startswith(f"{stack}.")]
+    if outside:
+        raise ValueError(f"{outside} are not in the stack {stack!r}; compress them by themselves")
+    blocks, codes = model.get_submodule(stack), {}
+    with evaluating(model):
+        calls = [_call(model, blocks[0], batch, run) for batch in batches]
+        if not calls:
+            raise ValueError("no batch; give one or more")
+        for place, block in enumerate(blocks):
+            prefix = f"{stack}.{place}."
+            inside = {n.removeprefix(prefix): m for n, m in plan.items() if n.startswith(prefix)}
+            if inside:
+                stats = collect(block, calls, run=lambda block, call: block(*call), names=inside)
+                block = compress(block, inside, stats)
+                codes |= {prefix + name: block.get_submodule(name).code for name in inside}
+                block = decoded(block)
+            calls = [(block(*call), *call[1:]) for call in calls]
+    return compress(model, {n: lambda weight, stats, code=codes[n]: code for n in plan})
+
+
+class _Reached(Exception):
+    """Ends a forward pass where its rest is not needed."""
+
+
+def _call(model: nn.Module, block: nn.Module, batch: Any, run: Callable) -> tuple:
+    """The arguments that `block` is called with when the model runs on a batch."""
+    seen: list[tuple] = []
+
+    def stop(block: nn.Module, args: tuple) -> None:
+        seen.append(args)
+        raise _Reached
+
+    hook = block.register_forward_pre_hook(stop)
+    try:
+        run(model, batch)
+    except _Reached:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise ValueError("a batch did not reach the first block; give one that runs the stack")
+
+
+@torch.no_grad()
 def decoded(model: nn.Module) -> nn.Module:
-    """A copy of `model` with dense layers in place of the compressed ones: same values, faster."""
+    """A copy of `model` with dense layers in place of the compressed ones: same values, faster.
+
+    Layers whose code quantizes their inputs as well stay as they are: no dense one computes that.
+    """
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, Compressed):
+        if isinstance(module, Compressed) and not module.code.quantizes_inputs:
             model = _replaced(model, name, module.restored())
     return model
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from compresskit import model as cm
-from compresskit.affine import QuantSpec
+from compresskit.affine import Quantized, QuantSpec
 from compresskit.layers import Compressed, tokens
 from compresskit.methods import round_to_nearest
 from compresskit.stats import InputStats
@@ -231,3 +231,101 @@ def test_a_tied_weight_is_counted_once_and_not_compressed_behind_its_twin():
     assert cm.size_table(tied).nbytes == 80
     with pytest.raises(ValueError, match="tied"):
         cm.compress(tied, int8(["head"]))
+
+
+class Whole(Quantized):
+    """Inputs rounded to whole numbers first."""
+
+    quantizes_inputs = True
+
+    def product(self, x, bias=None):
+        return super().product(x.round(), bias)
+
+
+def whole(weight, stats):
+    code = round_to_nearest(weight, spec=QuantSpec(8))
+    return Whole(code.levels, code.scale, code.zero, code.group_size)
+
+
+class Chain(nn.Module):
+    """Blocks in a stack, after a layer that is not in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.stack = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.stack:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def chain():
+    torch.manual_seed(0)
+    return Chain()
+
+
+@pytest.fixture
+def rows():
+    return list(torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def test_in_order_each_block_is_calibrated_on_the_compressed_ones_before_it(chain, rows):
+    seen = {}
+
+    def keep(name, weight, stats):
+        seen[name] = stats
+        return round_to_nearest(weight, stats, spec=QuantSpec(2))
+
+    names = [f"stack.{i}.0" for i in range(3)]
+    small = cm.compress_in_order(chain, {n: partial(keep, n) for n in names}, rows, stack="stack")
+    assert chain.training
+    assert small.stack[1][2].training
+    assert isinstance(small.first, nn.Linear)
+    with cm.evaluating(small):
+        x = small.first(torch.cat(rows))
+        for name, block in zip(names, small.stack, strict=True):
+            torch.testing.assert_close(seen[name].second, InputStats.of(x).second)
+            x = block(x)
+            assert isinstance(block[0], Compressed)
+    original = cm.collect(chain, rows)["stack.2.0"].second
+    assert not torch.allclose(seen["stack.2.0"].second, original, rtol=1e-2)
+
+
+def test_a_layer_that_is_no_linear_map_takes_no_code_that_quantizes_inputs(net):
+    with pytest.raises(ValueError, match=r"only nn\.Linear layers"):
+        cm.compress(net, {"0": whole})
+
+
+def test_in_order_without_calibration_need_is_compress(chain, rows):
+    plan = int8([f"stack.{i}.0" for i in range(2)])
+    small = cm.compress_in_order(chain, plan, rows, stack="stack").eval()
+    assert torch.equal(small(rows[0]), cm.compress(chain, plan).eval()(rows[0]))
+
+
+def test_in_order_refuses_what_has_no_order(chain, rows):
+    plan = int8(["stack.1.0"])
+    with pytest.raises(ValueError, match="no stack 'blocks'; this model has stack"):
+        cm.compress_in_order(chain, plan, rows, stack="blocks")
+    with pytest.raises(ValueError, match=r"\['first'\] are not in the stack"):
+        cm.compress_in_order(chain, int8(["first"]), rows, stack="stack")
+    with pytest.raises(ValueError, match="no layer is named"):
+        cm.compress_in_order(chain, int8(["stack.7.0"]), rows, stack="stack")
+    with pytest.raises(ValueError, match="no batch"):
+        cm.compress_in_order(chain, plan, [], stack="stack")
+    with pytest.raises(ValueError, match="did not reach"):
+        cm.compress_in_order(chain, plan, rows, stack="stack", run=lambda model, x: model.first(x))
+
+
+def test_a_code_that_quantizes_inputs_stays_when_the_others_are_decoded(net, x):
+    small = cm.compress(net, int8(["6"]) | {"4": whole})
+    inputs = 3 * torch.randn(5, 144, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(small[4](inputs), small[4](inputs.round()))
+    dense = cm.decoded(small)
+    assert isinstance(dense[4], Compressed)
+    assert isinstance(dense[6], nn.Linear)
