@@ -15,7 +15,8 @@ PACKAGE = Path(compresskit.__file__).parent
 LINES = [
     {"bits", "theory", "data", "models"},
     {"code", "linalg"},
-    {"affine", "losses"},
+    {"affine", "codebook", "losses"},
+    {"basis", "integer"},
     {"stats"},
     {"methods"},
     {"layers"},
