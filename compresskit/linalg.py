@@ -1,4 +1,7 @@
-"""Symmetric matrices: the damping, factors and spectra that calibrated methods share."""
+"""The matrices that methods share: damping, factors and spectra, and Hadamard's rotations."""
+
+from functools import lru_cache
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -55,6 +58,119 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     if not torch.isfinite(matrix).all():
         raise ValueError("the matrix holds values that are not finite; check the data behind it")
     return torch.linalg.eigvalsh(matrix.double())
+
+
+def hadamard(n: int) -> Tensor:
+    """(n, n) float32 matrix H of entries +1 and -1 with H H^T = n I.
+
+    The Kronecker product of Sylvester's matrices of order 2 and of Paley's of order q + 1, for
+    primes q with q mod 4 = 3; in particular of every order 2^k.
+
+    Parameters
+    ----------
+    n : int
+        1, 2, 4, 8, 12, 16, 20, 24, 32, ...
+
+    Raises
+    ------
+    ValueError : there is none of this order, or no such product; the next possible one is named
+
+    References
+    ----------
+    Sylvester, Phil. Mag. 34 (1867) 461-475; Paley, "On orthogonal matrices", J. Math. Phys. 12
+    (1933) 311-320, lemma 2.
+    """
+    matrix = torch.ones(1, 1)
+    for factor in _hadamard_factors(n):
+        matrix = torch.kron(matrix, _hadamard_factor(factor))
+    return matrix
+
+
+def hadamard_order(n: int) -> int:
+    """The smallest order, `n` or more, of which `hadamard` builds a matrix.
+
+    Examples
+    --------
+    >>> [hadamard_order(n) for n in (3, 13, 28, 576, 1536)]
+    [4, 16, 32, 576, 1536]
+    """
+    while _factored(n) is None:
+        n += 1
+    return n
+
+
+def hadamard_transform(x: Tensor, *, transposed: bool = False) -> Tensor:
+    """H x / sqrt(n) along the last axis, or H^T x / sqrt(n), in n times the factors' sum.
+
+    As H H^T = n I, either undoes the other, and lengths stay as they are.
+
+    Parameters
+    ----------
+    x : (..., n) tensor
+        n an order that `hadamard` builds; computed in its dtype
+    transposed : bool
+        Sylvester's matrices are symmetric, Paley's are not
+
+    Raises
+    ------
+    ValueError : no Hadamard matrix of order n can be built here
+
+    Notes
+    -----
+    A Kronecker product acts on x, read as an array with an axis per factor, axis by axis. Each
+    step below multiplies the last axis and moves it to the front.
+    """
+    n = x.shape[-1]
+    for factor in reversed(_hadamard_factors(n)):
+        matrix = _hadamard_factor(factor).to(x)
+        x = x.unflatten(-1, (-1, factor)) @ (matrix if transposed else matrix.T)
+        x = x.transpose(-1, -2).flatten(-2)
+    return x / n**0.5
+
+
+def _hadamard_factors(n: int) -> tuple[int, ...]:
+    factors = _factored(n)
+    if factors is None:
+        raise ValueError(
+            f"no Hadamard matrix of order {n} can be built here; the next order for which there is"
+            f" one is {hadamard_order(max(n, 1))}"
+        )
+    return factors
+
+
+@lru_cache
+def _factored(n: int) -> tuple[int, ...] | None:
+    """Orders of Sylvester (at most 16, for speed) or Paley type with product n, if there are."""
+    if n >= 1 and n & (n - 1) == 0:
+        sixteens, rest = divmod(n.bit_length() - 1, 4)
+        return ((2**rest,) if rest else ()) + (16,) * sixteens
+    for order in range(12, n + 1, 4):
+        if n % order == 0 and _is_prime(order - 1):
+            rest = _factored(n // order)
+            if rest is not None:
+                return (*rest, order)
+    return None
+
+
+@lru_cache
+def _hadamard_factor(order: int) -> Tensor:
+    if order & (order - 1) == 0:
+        matrix = torch.ones(1, 1)
+        while len(matrix) < order:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+        return matrix
+    q = order - 1
+    character = -torch.ones(q)  # of the differences i - j: 1 for squares modulo q
+    character[torch.arange(q).square() % q] = 1
+    character[0] = 0
+    skew = torch.ones(order, order)
+    skew[1:, 0], skew[0, 0] = -1, 0
+    skew[1:, 1:] = character[(torch.arange(q)[:, None] - torch.arange(q)) % q]
+    return skew + torch.eye(order)
+
+
+def _is_prime(q: int) -> bool:
+    return q > 1 and all(q % d for d in range(2, isqrt(q) + 1))
 
 
 def check_square(matrix: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compresskit import linalg
+from compresskit.basis import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +116,34 @@ class InputStats:
         second = self.second.double()
         delta = delta.to(second)
         return ((delta @ second) * delta).sum().clamp(min=0)
+
+    def in_basis(self, basis: Basis) -> InputStats:
+        """Of V x: the second moments are V E[x x^T] V^T, exactly.
+
+        Absolute values follow only if each new coordinate is a multiple of an old one; in a
+        rotated basis these moments do not determine E|V x| and max |V x|, which are then NaN.
+
+        Parameters
+        ----------
+        basis : Basis
+            of shape (N, n)
+
+        Raises
+        ------
+        ValueError : a basis of another number of inputs
+        """
+        if basis.shape[1] != len(self.second):
+            raise ValueError(
+                f"a basis of {basis.shape[1]} inputs and moments of {len(self.second)};"
+                " they must be the same inputs"
+            )
+        second = basis.apply(basis.apply(self.second).T)
+        absolute = self.mean_abs, self.max_abs
+        if basis.monomial:
+            mean_abs, max_abs = map(basis.apply, absolute)
+        else:
+            mean_abs, max_abs = (a.new_full((len(second),), torch.nan) for a in absolute)
+        return InputStats(self.count, (second + second.T) / 2, mean_abs, max_abs)
 
     def to(self, device: torch.device | str) -> InputStats:
         """The same moments on `device`."""
