@@ -76,12 +76,13 @@ def gap(weight: Tensor, code: Code, stats: InputStats, *, damp: float = 0.0) -> 
     float, in bits per weight; -inf when the output does not change, which no finite rate buys
     """
     weight, delta = _delta(weight, code)
-    stats = replace(stats, second=stats.damped(damp))
+    if damp:
+        stats = replace(stats, second=stats.damped(damp))
     distortion = stats.distortion(delta).item() / len(weight)
     variance = weight.double().square().mean().item()
     if distortion == 0:
         return -math.inf
-    return bits_per_weight(code) - linear_layer_rate(variance, stats.second, distortion)
+    return bits_per_weight(code) - linear_layer_rate(variance, stats.spectrum, distortion)
 
 
 class Fidelity(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -98,6 +99,11 @@ class InputStats:
     def rms(self) -> Tensor:
         """(n,) root mean square of each input."""
         return self.second.diagonal().sqrt()
+
+    @cached_property
+    def spectrum(self) -> Tensor:
+        """(n,) eigenvalues of `second` in ascending order, in float64; computed once."""
+        return linalg.eigenvalues(self.second)
 
     def damped(self, fraction: float = 0.01) -> Tensor:
         """(n, n) `second` plus `fraction` of its mean eigenvalue on the diagonal."""

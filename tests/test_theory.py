@@ -210,6 +210,7 @@ def test_the_layers_rate_does_not_depend_on_the_basis_of_its_inputs():
 
 def test_eigenvalues_that_rounding_made_negative_cost_nothing():
     exact = theory.linear_layer_rate(1.0, np.diag([1.0, 0.0]), 1e-8)
+    assert theory.linear_layer_rate(1.0, [1.0, 0.0], 1e-8) == exact  # eigenvalues alone
     assert theory.linear_layer_rate(1.0, np.diag([1.0, -1e-6]), 1e-8) == exact
 
 

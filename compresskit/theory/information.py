@@ -287,9 +287,9 @@ def linear_layer_rate(weight_variance, second_moment, distortion):
     ----------
     weight_variance : float
         one number, at least 0, for all weights
-    second_moment : (n, n) array_like
-        S: symmetric and positive semidefinite up to 1e-5 of its largest entry and eigenvalue
-        (float32 moments); eigenvalues within that below 0 count as 0
+    second_moment : (n, n) or (n,) array_like
+        S, or its eigenvalues alone: symmetric and positive semidefinite up to 1e-5 of its largest
+        entry and eigenvalue (float32 moments); eigenvalues within that below 0 count as 0
     distortion : float or (...) array_like
         mean squared error of one output
 
@@ -320,14 +320,17 @@ def linear_layer_rate(weight_variance, second_moment, distortion):
             "such as 0.01"
         )
     moment = finite(array(second_moment, "second_moment"), "second_moment")
-    if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or moment.size == 0:
-        raise ValueError(f"second_moment has shape {moment.shape}; give a square matrix (n, n)")
+    if moment.ndim not in (1, 2) or moment.shape[0] != moment.shape[-1] or moment.size == 0:
+        raise ValueError(
+            f"second_moment has shape {moment.shape}; give a square matrix (n, n), or its"
+            " eigenvalues (n,)"
+        )
     if np.abs(moment - moment.T).max() > 1e-5 * np.abs(moment).max():
         raise ValueError("second_moment is not symmetric; give E[x x^T], e.g. (S + S.T) / 2")
-    eigenvalues = np.linalg.eigvalsh((moment + moment.T) / 2)
-    if eigenvalues[0] < -1e-5 * np.abs(eigenvalues).max():
+    eigenvalues = moment if moment.ndim == 1 else np.linalg.eigvalsh((moment + moment.T) / 2)
+    if eigenvalues.min() < -1e-5 * np.abs(eigenvalues).max():
         raise ValueError(
-            f"second_moment has the eigenvalue {eigenvalues[0]:.3g}, so it is no E[x x^T]; "
+            f"second_moment has the eigenvalue {eigenvalues.min():.3g}, so it is no E[x x^T]; "
             "give a positive semidefinite matrix, e.g. x.T @ x / len(x)"
         )
     variances = weight_variance * np.maximum(eigenvalues, 0.0)
