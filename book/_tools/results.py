@@ -20,77 +20,56 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
 from normalize import write_atomically
 
-from compresskit import affine, data, measure, models
+from compresskit import affine, models
 from compresskit.affine import QuantSpec
 from compresskit.methods import round_to_nearest
-from compresskit.model import collect, compress, decoded, layers, size_table, tables
-from compresskit.recipes import distillation, inheritance, language_student, sentence_student
-from compresskit.recipes.sentence_student import paragraphs
+from compresskit.model import Method, layers, tables
+from compresskit.recipes import (
+    distillation,
+    inheritance,
+    language_student,
+    quantization,
+    sentence_student,
+)
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 PARTIAL = HERE.parents[1] / "_build" / "results"
 Tasks = Iterator[tuple[dict, Callable[[], dict]]]
 
 
-def minilm_board(chapter: int, plans: dict[str, dict]) -> Tasks:
-    """One record per plan: bytes, fidelity on held-out paragraphs, mean gap, seconds."""
-    fields = {"chapter": chapter, "model": "minilm", "stored": True}
-    for name, plan in plans.items():
-        yield {"method": name, **fields}, partial(minilm_record, plan)
-
-
-@cache
-def encoder_and_text():
-    """MiniLM, the held-out paragraphs, their embeddings, and the moments of its layers' inputs."""
-    encoder, text = models.minilm(), data.pydoc()
-    held_out = paragraphs(text.test)
-    stats = collect(encoder, encoder.batches(paragraphs(text.calibration)))
-    return encoder, held_out, encoder.encode(held_out), stats
-
-
-def minilm_record(plan: dict) -> dict:
-    """What `plan` makes of MiniLM."""
-    encoder, held_out, reference, stats = encoder_and_text()
-    start = time.perf_counter()
-    small = compress(encoder, plan, stats)
-    seconds = time.perf_counter() - start
-    kept = measure.fidelity(reference, decoded(small).encode(held_out))
-    table = size_table(small)
-    gaps = [
-        measure.gap(layers(encoder)[n].weight, small.get_submodule(n).code, stats[n])
-        for n in layers(encoder)
-        if n in plan
-    ]
-    return {
-        "bytes": table.nbytes,
-        "bits_per_weight": table.bits_per_weight,
-        "cosine": kept.cosine,
-        "top1": kept.top1,
-        "gap_bits": sum(gaps) / len(gaps),
-        "seconds": round(seconds, 2),
-    }
+def minilm_board(
+    chapter: int, methods: dict[str, Method | dict], calibration: str = "text", **fields
+) -> Tasks:
+    """One record per method (or plan): what it makes of all 36 matrices of MiniLM."""
+    names = layers(models.minilm())
+    for name, method in methods.items():
+        plan = method if isinstance(method, dict) else dict.fromkeys(names, method)
+        task = partial(quantization.sentence_encoder, plan, calibration=calibration)
+        settings = {"chapter": chapter, "model": "minilm", "stored": True}
+        yield {"method": name, **settings, **fields, "calibration": calibration}, task
 
 
 def uniform_quantizer() -> Tasks:
     """Chapter 6: every width and grid, min-max and least squares, on the 36 matrices of MiniLM."""
-    encoder = models.minilm()
     fits = {"min-max": affine.minmax, "MSE": affine.mse}
     grids = {"tensor": "tensor", "row": None, "g128": 128, "g32": 32}
-    plans = {}
-    for bits in (8, 6, 5, 4, 3, 2):
-        for grid, size in grids.items():
-            for fit_name, fit in fits.items():
-                spec = QuantSpec(bits, group_size=size)
-                method = partial(round_to_nearest, spec=spec, fit=fit)
-                name = f"round-to-nearest int{bits} {grid} {fit_name}"
-                plans[name] = dict.fromkeys(layers(encoder), method)
-    return minilm_board(6, plans)
+    return minilm_board(
+        6,
+        {
+            f"round-to-nearest int{bits} {grid} {fit_name}": partial(
+                round_to_nearest, spec=QuantSpec(bits, group_size=size), fit=fit
+            )
+            for bits in (8, 6, 5, 4, 3, 2)
+            for grid, size in grids.items()
+            for fit_name, fit in fits.items()
+        },
+    )
 
 
 def first_compression() -> Tasks:
@@ -104,6 +83,37 @@ def first_compression() -> Tasks:
         "tables int8 row, matrices int4 g32": rows | dict.fromkeys(layers(encoder), four),
     }
     return minilm_board(1, plans)
+
+
+def second_order() -> Tasks:
+    """Chapter 9: GPTQ and AWQ at 2 to 8 bits on MiniLM, and the controls."""
+    for bits, (group, size) in itertools.product(
+        (8, 6, 5, 4, 3, 2), {"row": None, "g128": 128}.items()
+    ):
+        chosen = {
+            f"{name} int{bits} {group}": rounding(QuantSpec(bits, group_size=size))
+            for name, rounding in quantization.ROUNDINGS.items()
+            if "nearest" not in name and (size or "static" not in name)
+        }
+        yield from minilm_board(9, chosen, bits=bits, group=group)
+    for bits, calibration in itertools.product((4, 3, 2), ("shuffled", "noise", "in order")):
+        name = "GPTQ, activation order"
+        chosen = {
+            f"{name} int{bits} g128": quantization.ROUNDINGS[name](QuantSpec(bits, group_size=128))
+        }
+        yield from minilm_board(9, chosen, bits=bits, group="g128", calibration=calibration)
+
+
+def smollm2_rounding() -> Tasks:
+    """Chapter 9: the rotated SmolLM2 at 4 and 3 bits by every method, and the controls."""
+    run = quantization.language_model
+    order = "GPTQ, activation order"
+    yield from grid(run, method=["none"], bits=[32], base=["rotated", "shipped"])
+    yield from grid(run, bits=[4, 3], method=quantization.ROUNDINGS)
+    yield from grid(run, bits=[4], method=["NF4"])
+    yield from grid(run, bits=[4, 3], method=[order], calibration=["in order"])
+    yield from grid(run, bits=[4], method=[order], calibration=["shuffled", "noise"])
+    yield from grid(run, bits=[4], method=["round to nearest", order], base=["shipped"])
 
 
 def grid(function: Callable[..., dict], **choices: Iterable) -> Tasks:
@@ -178,6 +188,8 @@ def pydoc_students() -> Tasks:
 RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/01_first_compression": first_compression,
     "scoreboard/06_uniform_quantizer": uniform_quantizer,
+    "scoreboard/09_second_order": second_order,
+    "09_smollm2": smollm2_rounding,
     "03_soft_labels": soft_labels,
     "03_temperature_grid": temperature_grid,
     "03_disguised_teachers": disguised_teachers,
