@@ -208,6 +208,7 @@ class Decoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
+        self.register_module("rotation", None)  # `compresskit.surgery.rotate` sets it
 
     def forward(self, ids: Tensor, pasts: list[Past] | None = None) -> Tensor:
         before = len(pasts[0]) if pasts else 0
@@ -221,8 +222,10 @@ class Decoder(nn.Module):
                 f"{ids.shape[1]} tokens after {before} that are past; give them singly"
             )
         x = self.drop(self.embed(ids))
+        x = x if self.rotation is None else self.rotation(x)
         for block, past in zip(self.blocks, pasts or [None] * len(self.blocks), strict=True):
             x = block(x, past)
+        x = x if self.rotation is None else self.rotation.undo(x)
         return F.linear(self.norm(x), self.embed.weight)
 
 

@@ -1,4 +1,4 @@
-"""Parts of a model physically removed: model -> smaller dense model."""
+"""Layers taken out: model -> the same kind of model, with fewer."""
 
 import copy
 from collections.abc import Sequence

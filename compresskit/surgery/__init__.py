@@ -1,0 +1,10 @@
+"""Models rebuilt, by their structure and not by their codes: model -> dense model.
+
+Layers are taken out; scales and rotations that leave the function as it is are folded into the
+weights, so that what is compressed afterwards is easier to compress.
+"""
+
+from compresskit.surgery.layers import keep_layers
+from compresskit.surgery.rotation import ResidualRotation, rotate
+
+__all__ = ["ResidualRotation", "keep_layers", "rotate"]
