@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from compresskit.affine import Quantized
 from compresskit.code import Array, Bits, Code, Leaf, Sum
+from compresskit.integer import Integer
 from compresskit.layers import Compressed
 from compresskit.model import compress, uncompressed
 
 VERSION = 1
-NODES = {cls.__name__: cls for cls in (Quantized, Sum)}
+NODES = {cls.__name__: cls for cls in (Integer, Quantized, Sum)}
 LEAVES = {cls.__name__: cls for cls in (Array, Bits)}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,7 +10,7 @@ from torch import nn
 from compresskit import affine, container, methods
 from compresskit.affine import QuantSpec
 from compresskit.code import Code
-from compresskit.methods import round_to_nearest
+from compresskit.methods import int8, llm_int8, round_to_nearest
 from compresskit.model import compress
 from compresskit.stats import InputStats
 
@@ -21,6 +21,9 @@ METHODS = {
     "int5 percentile": partial(round_to_nearest, spec=QuantSpec(5), fit=affine.percentile),
     "int2 tensor": partial(round_to_nearest, spec=QuantSpec(2, group_size="tensor")),
     "sign": partial(round_to_nearest, spec=QuantSpec(1, symmetric=True), fit=affine.mse),
+    "integers per token": partial(int8),
+    "integers per tensor": partial(int8, inputs="tensor", spec=QuantSpec(8, group_size="tensor")),
+    "llm_int8": partial(llm_int8, threshold=3.0),
     "int16": partial(round_to_nearest, spec=QuantSpec(16), scale_dtype=torch.float32),
 }
 # What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
