@@ -24,13 +24,16 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from compresskit.affine import Quantized
+from compresskit.basis import InBasis, Permutation, Rotation, Scales
 from compresskit.code import Array, Bits, Code, Leaf, Sum
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
 from compresskit.model import compress, uncompressed
 
 VERSION = 1
-NODES = {cls.__name__: cls for cls in (Integer, Quantized, Sum)}
+NODES = {
+    cls.__name__: cls for cls in (InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sum)
+}
 LEAVES = {cls.__name__: cls for cls in (Array, Bits)}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
