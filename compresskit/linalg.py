@@ -47,6 +47,36 @@ def cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
+def upper_factor(matrix: Tensor) -> Tensor:
+    """The upper triangular V with V V^T = matrix: Cholesky's factor, taken from the last row up.
+
+    V^-1 is the upper factor U of the inverse, U^T U = matrix^-1, and V_ii^2 = 1/U_ii^2 is what is
+    left of input i once those after it have explained what they can; neither takes an inverse.
+
+    Parameters
+    ----------
+    matrix : (n, n) symmetric tensor
+
+    Returns
+    -------
+    (n, n) float64 tensor
+
+    Raises
+    ------
+    ValueError : as `cholesky`, and if an input is a combination of later ones up to the precision
+        of float32, in which moments are kept
+    """
+    check_square(matrix)
+    factor = cholesky(matrix.double().flip(0, 1)).flip(0, 1)
+    left = (factor.diagonal().square() / matrix.diagonal()).min().item()
+    if not left > 4 * torch.finfo(torch.float32).eps:
+        raise ValueError(
+            f"an input is a combination of others: {left:.1g} of its power is its own, and float32"
+            " moments do not resolve that; damp the matrix, for instance with damped(matrix, 0.01)"
+        )
+    return factor
+
+
 def eigenvalues(matrix: Tensor) -> Tensor:
     """(n,) eigenvalues of a symmetric matrix in ascending order, computed in float64.
 

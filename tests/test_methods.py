@@ -10,7 +10,7 @@ from torch import nn
 from compresskit import affine, container, methods
 from compresskit.affine import QuantSpec
 from compresskit.code import Code
-from compresskit.methods import int8, llm_int8, round_to_nearest
+from compresskit.methods import gptq, int8, llm_int8, round_to_nearest
 from compresskit.model import compress
 from compresskit.stats import InputStats
 
@@ -25,9 +25,17 @@ METHODS = {
     "integers per tensor": partial(int8, inputs="tensor", spec=QuantSpec(8, group_size="tensor")),
     "llm_int8": partial(llm_int8, threshold=3.0),
     "int16": partial(round_to_nearest, spec=QuantSpec(16), scale_dtype=torch.float32),
+    "gptq rows": partial(gptq, spec=QuantSpec(8, symmetric=True)),
+    "gptq mse": partial(gptq, spec=QuantSpec(3, group_size=16), fit=affine.mse),
+    "gptq groups": partial(gptq, spec=QuantSpec(4, group_size=10), order="activation"),
+    "gptq static groups": partial(
+        gptq, spec=QuantSpec(4, group_size=10), order="activation", static_groups=True
+    ),
 }
 # What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
 REDUCES_TO = {name: name for name in METHODS}  # rounding to nearest ignores the inputs
+REDUCES_TO |= {"gptq rows": "int8", "gptq mse": "int3 mse"}
+REDUCES_TO |= {"gptq groups": "int4 groups", "gptq static groups": "int4 groups"}
 
 
 @pytest.fixture
