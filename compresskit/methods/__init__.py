@@ -1,8 +1,16 @@
 """Methods that turn one weight matrix into a code: (weight, stats, *, options) -> Code."""
 
+from compresskit.methods.awq import awq
+from compresskit.methods.fp4 import fp4
 from compresskit.methods.gptq import gptq
+from compresskit.methods.hadamard import hadamard
 from compresskit.methods.int8 import int8
+from compresskit.methods.kmeans import kmeans
 from compresskit.methods.llm_int8 import llm_int8
+from compresskit.methods.lloyd_max import lloyd_max
+from compresskit.methods.nf4 import nf4
+from compresskit.methods.obq import obq
 from compresskit.methods.round_to_nearest import round_to_nearest
+from compresskit.methods.smooth import smooth
 
-__all__ = ["gptq", "int8", "llm_int8", "round_to_nearest"]
+__all__ = ["awq", "fp4", "gptq", "hadamard", "int8", "kmeans", "llm_int8", "lloyd_max", "nf4", "obq", "round_to_nearest", "smooth"]

@@ -5,7 +5,7 @@ Whatever `numpy.asarray` takes is accepted, and torch tensors of any dtype and d
 result is a `float`, any other an array. `information` has the entropies, divergences and
 rate-distortion limits of chapter 2, in bits unless `unit="nats"`; `learning` has the terms of the
 bounds on a student's risk of chapter 4, which contain divergences in nats and nothing in bits
-except the length of a code.
+except the length of a code; `quantizers` has the scalar quantizers of chapter 7.
 """
 
 from compresskit.theory.information import (
@@ -42,6 +42,17 @@ from compresskit.theory.learning import (
     rademacher_signs,
     softmax_complexity,
 )
+from compresskit.theory.quantizers import (
+    SPACE_FILLING_BITS,
+    SPACE_FILLING_DB,
+    CodedQuantizer,
+    ScalarQuantizer,
+    bennett_integral,
+    entropy_coded_uniform,
+    lloyd_max_quantizer,
+    panter_dite,
+    quantizer_distortion,
+)
 
 # The order of the reference page: as in the files.
 __all__ = [  # noqa: RUF022
@@ -75,4 +86,13 @@ __all__ = [  # noqa: RUF022
     "linear_bound",
     "softmax_complexity",
     "network_complexity",
+    "ScalarQuantizer",
+    "lloyd_max_quantizer",
+    "quantizer_distortion",
+    "bennett_integral",
+    "panter_dite",
+    "CodedQuantizer",
+    "entropy_coded_uniform",
+    "SPACE_FILLING_BITS",
+    "SPACE_FILLING_DB",
 ]
