@@ -6,5 +6,6 @@ weights, so that what is compressed afterwards is easier to compress.
 
 from compresskit.surgery.layers import keep_layers
 from compresskit.surgery.rotation import ResidualRotation, rotate
+from compresskit.surgery.smoothing import smooth, sources_of
 
-__all__ = ["ResidualRotation", "keep_layers", "rotate"]
+__all__ = ["ResidualRotation", "keep_layers", "rotate", "smooth", "sources_of"]
