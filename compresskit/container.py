@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from compresskit.affine import Quantized
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
 from compresskit.code import Array, Bits, Code, Leaf, Sum
+from compresskit.codebook import Codebook
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
 from compresskit.model import compress, uncompressed
 
 VERSION = 1
 NODES = {
-    cls.__name__: cls for cls in (InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sum)
+    cls.__name__: cls
+    for cls in (Codebook, InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sum)
 }
 LEAVES = {cls.__name__: cls for cls in (Array, Bits)}
 DTYPES = {
