@@ -10,7 +10,20 @@ from torch import nn
 from compresskit import affine, container, methods
 from compresskit.affine import QuantSpec
 from compresskit.code import Code
-from compresskit.methods import gptq, int8, llm_int8, round_to_nearest
+from compresskit.methods import (
+    awq,
+    fp4,
+    gptq,
+    hadamard,
+    int8,
+    kmeans,
+    llm_int8,
+    lloyd_max,
+    nf4,
+    obq,
+    round_to_nearest,
+    smooth,
+)
 from compresskit.model import compress
 from compresskit.stats import InputStats
 
@@ -25,17 +38,31 @@ METHODS = {
     "integers per tensor": partial(int8, inputs="tensor", spec=QuantSpec(8, group_size="tensor")),
     "llm_int8": partial(llm_int8, threshold=3.0),
     "int16": partial(round_to_nearest, spec=QuantSpec(16), scale_dtype=torch.float32),
+    "obq": partial(obq, spec=QuantSpec(4, group_size=10)),
     "gptq rows": partial(gptq, spec=QuantSpec(8, symmetric=True)),
     "gptq mse": partial(gptq, spec=QuantSpec(3, group_size=16), fit=affine.mse),
     "gptq groups": partial(gptq, spec=QuantSpec(4, group_size=10), order="activation"),
     "gptq static groups": partial(
         gptq, spec=QuantSpec(4, group_size=10), order="activation", static_groups=True
     ),
+    "lloyd_max": partial(lloyd_max),
+    "lloyd_max blocks": partial(lloyd_max, bits=3, share="row", block=10),
+    "kmeans": partial(kmeans, bits=2, start="density"),
+    "nf4": partial(nf4),
+    "nf4 single": partial(nf4, block=16, double_quant=False),
+    "fp4": partial(fp4, block=10),
+    "awq groups": partial(awq, spec=QuantSpec(4, group_size=10)),
+    "awq clipped": partial(awq, spec=QuantSpec(3, group_size=16), clip=True),
+    "rotated": partial(hadamard, method=partial(round_to_nearest, spec=QuantSpec(4))),
+    "rotated gptq": partial(hadamard, method=partial(gptq, spec=QuantSpec(4)), seed=1),
+    "smoothed integers": partial(smooth, method=int8),
 }
 # What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
 REDUCES_TO = {name: name for name in METHODS}  # rounding to nearest ignores the inputs
+REDUCES_TO |= {"obq": "int4 groups"}
 REDUCES_TO |= {"gptq rows": "int8", "gptq mse": "int3 mse"}
 REDUCES_TO |= {"gptq groups": "int4 groups", "gptq static groups": "int4 groups"}
+REDUCES_TO |= {"awq groups": "int4 groups"}
 
 
 @pytest.fixture
