@@ -13,4 +13,17 @@ from compresskit.methods.obq import obq
 from compresskit.methods.round_to_nearest import round_to_nearest
 from compresskit.methods.smooth import smooth
 
-__all__ = ["awq", "fp4", "gptq", "hadamard", "int8", "kmeans", "llm_int8", "lloyd_max", "nf4", "obq", "round_to_nearest", "smooth"]
+__all__ = [
+    "awq",
+    "fp4",
+    "gptq",
+    "hadamard",
+    "int8",
+    "kmeans",
+    "llm_int8",
+    "lloyd_max",
+    "nf4",
+    "obq",
+    "round_to_nearest",
+    "smooth",
+]
