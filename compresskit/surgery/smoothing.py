@@ -80,7 +80,13 @@ def smooth(
                 f"{name!r} has {width} outputs and its readers weights of shape {shapes}; each"
                 f" needs {width} columns, and there must be one or more"
             )
-        max_abs = torch.stack([stats[reader].max_abs for reader in readers]).amax(0)
+        seen = [stats[reader].max_abs for reader in readers]
+        if any(len(max_abs) != width for max_abs in seen):
+            raise ValueError(
+                f"moments of {[len(max_abs) for max_abs in seen]} inputs for {list(readers)}, which"
+                f" have {width}; collect them from this model"
+            )
+        max_abs = torch.stack(seen).amax(0)
         weights = [layer.weight.float() for layer in linear]
         scale = smoothing_scale(max_abs.to(weights[0].device), weights, alpha=alpha)
         for layer in linear:
