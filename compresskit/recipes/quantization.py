@@ -212,22 +212,18 @@ def language_model(
     per token, "predicted" tokens, and "seconds" of compression
     """
     model, seen, held_out = _language_model(base)
-    start, record = time.perf_counter(), {}
-    small = model
+    small, record = model, {}
     if method != "none":
-        rounding = (
-            ROUNDINGS[method](QuantSpec(bits, group_size=group))
-            if method != "NF4"
-            else (partial(methods.nf4, block=group))
-        )
-        plan = dict.fromkeys(layers(model), rounding)
-        if calibration == "in order":
+        true = _language_moments(base, "text")
+        given = None if calibration == "in order" else _language_moments(base, calibration)
+        plan = dict.fromkeys(layers(model), _rounding(method, bits, group))
+        start = time.perf_counter()
+        if given is None:
             small = compress_in_order(model, plan, seen, stack="blocks")
         else:
-            small = compress(model, plan, _language_moments(base, calibration))
+            small = compress(model, plan, given)
         seconds = time.perf_counter() - start
-        record = sizes_and_errors(model, small, _language_moments(base, "text"))
-        record["seconds"] = round(seconds, 1)
+        record = {**sizes_and_errors(model, small, true), "seconds": round(seconds, 1)}
         small = decoded(small)
     losses = [
         measure.token_losses(small, ids[0], window=WINDOW, stride=WINDOW).double()
@@ -239,3 +235,9 @@ def language_model(
         "losses": [round(loss.mean().item(), 5) for loss in losses],
         "predicted": sum(map(len, losses)),
     }
+
+
+def _rounding(method: str, bits: int, group: int) -> Method:
+    if method == "NF4":
+        return partial(methods.nf4, block=group)
+    return ROUNDINGS[method](QuantSpec(bits, group_size=group))
