@@ -119,8 +119,7 @@ class Codebook(Code):
 
     def decode(self) -> Tensor:
         index = self.index.tensor if isinstance(self.index, Bits) else self.index.decode()
-        if not isinstance(self.index, Bits):
-            _check_index(index, self._table_shape()[-1])
+        _check_index(index, self._table_shape()[-1])  # whoever made it, memory is not read beyond
         if isinstance(self.values, str):
             values = TABLES[self.values].to(index.device)
         else:
@@ -514,5 +513,9 @@ def _in_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def _check_index(index: Tensor, size: int) -> None:
-    if index.is_floating_point() or (index.numel() and not 0 <= index.min() <= index.max() < size):
+    whole = not (index.is_floating_point() or index.is_complex())
+    if index.numel() and whole:
+        low, high = (int(end) for end in index.aminmax())
+        whole = 0 <= low and high < size
+    if not whole:
         raise ValueError(f"an index that is not a whole number from 0 to {size - 1}")
