@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from normalize import write_atomically
 
-from compresskit import affine, models
+from compresskit import affine, methods, models
 from compresskit.affine import QuantSpec
 from compresskit.methods import round_to_nearest
 from compresskit.model import Method, layers, tables
@@ -44,11 +44,11 @@ Tasks = Iterator[tuple[dict, Callable[[], dict]]]
 
 
 def minilm_board(
-    chapter: int, methods: dict[str, Method | dict], calibration: str = "text", **fields
+    chapter: int, chosen: dict[str, Method | dict], calibration: str = "text", **fields
 ) -> Tasks:
     """One record per method (or plan): what it makes of all 36 matrices of MiniLM."""
     names = layers(models.minilm())
-    for name, method in methods.items():
+    for name, method in chosen.items():
         plan = method if isinstance(method, dict) else dict.fromkeys(names, method)
         task = partial(quantization.sentence_encoder, plan, calibration=calibration)
         settings = {"chapter": chapter, "model": "minilm", "stored": True}
@@ -83,6 +83,51 @@ def first_compression() -> Tasks:
         "tables int8 row, matrices int4 g32": rows | dict.fromkeys(layers(encoder), four),
     }
     return minilm_board(1, plans)
+
+
+def codebooks() -> Tasks:
+    """Chapter 7: tables of values instead of even steps, and the uniform grid in equal blocks."""
+    fixed = {"NF4": methods.nf4, "FP4": methods.fp4}
+    for name, method in fixed.items():
+        yield from minilm_board(7, {f"{name} g64": method}, bits=4, group="g64")
+        plain = {f"{name} g64, float32 scales": partial(method, double_quant=False)}
+        yield from minilm_board(7, plain, bits=4, group="g64")
+    for bits in (2, 3, 4, 5, 6):
+        table = partial(methods.lloyd_max, bits=bits)
+        spec = QuantSpec(bits, group_size=64)
+        chosen = {
+            f"Lloyd-Max {bits} bits g64": partial(table, block=64),
+            f"round-to-nearest int{bits} g64 min-max": partial(round_to_nearest, spec=spec),
+        }
+        yield from minilm_board(7, chosen, bits=bits, group="g64")
+        whole = {
+            f"Lloyd-Max {bits} bits matrix": table,
+            f"k-means {bits} bits matrix": partial(methods.kmeans, bits=bits),
+        }
+        yield from minilm_board(7, whole, bits=bits, group="matrix")
+        row = {f"Lloyd-Max {bits} bits row": partial(table, share="row")}
+        yield from minilm_board(7, row, bits=bits, group="row")
+
+
+def activations() -> Tasks:
+    """Chapter 8: inputs in 8 bits too, and weights in a rotated basis."""
+    chosen = {"int8 weights alone": partial(round_to_nearest, spec=QuantSpec(8, symmetric=True))}
+    for inputs in ("token", "tensor", "static"):
+        int8 = partial(methods.int8, inputs=inputs)
+        chosen[f"int8, inputs per {inputs}"] = int8
+        chosen[f"int8, inputs per {inputs}, smoothed"] = partial(methods.smooth, method=int8)
+        chosen[f"int8, inputs per {inputs}, rotated"] = partial(methods.hadamard, method=int8)
+    for threshold in (6.0, 3.0):
+        name = f"LLM.int8(), threshold {threshold:g}"
+        chosen[name] = partial(methods.llm_int8, threshold=threshold)
+    yield from minilm_board(8, chosen, bits=8, group="row")
+    for bits in (4, 3, 2):
+        plain = partial(round_to_nearest, spec=QuantSpec(bits, group_size=128))
+        chosen = {
+            f"round-to-nearest int{bits} g128": plain,
+            f"round-to-nearest int{bits} g128, rotated": partial(methods.hadamard, method=plain),
+        }
+        yield from minilm_board(8, chosen, bits=bits, group="g128")
 
 
 def second_order() -> Tasks:
@@ -188,6 +233,8 @@ def pydoc_students() -> Tasks:
 RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/01_first_compression": first_compression,
     "scoreboard/06_uniform_quantizer": uniform_quantizer,
+    "scoreboard/07_codebooks": codebooks,
+    "scoreboard/08_int8": activations,
     "scoreboard/09_second_order": second_order,
     "09_smollm2": smollm2_rounding,
     "03_soft_labels": soft_labels,

@@ -90,7 +90,8 @@ def sizes_and_errors(
     Returns
     -------
     dict: "bytes" of the whole model, "bits_per_weight" of its codes, and over its layers the median
-    "error_db" of the output and the mean "gap_bits" to the rate-distortion limit at that error
+    "error_db" of the output and the mean "gap_bits" to the rate-distortion limit at that error;
+    both of the weights alone where a code quantizes its inputs as well
     """
     table = size_table(small)
     pairs = [
