@@ -1,6 +1,7 @@
 """`.. reference:: compresskit.bits` documents a module: a table of its public names, then each.
 
 The names are read from the module, in the order of its source, so the page cannot fall behind.
+Constants have no page of their own to fill; `.. autodata::` in the page documents one.
 """
 
 import inspect
@@ -29,7 +30,7 @@ def public_names(module):
         and getattr(value, "__module__", None) == module.__name__
     ]
     if not own:  # a package that only gathers what its files define says so in this list
-        return list(module.__all__)
+        return [name for name in module.__all__ if callable(getattr(module, name))]
     return [name for name, _ in sorted(own, key=line)]
 
 
