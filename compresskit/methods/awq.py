@@ -99,7 +99,8 @@ def awq(
     for step in range(grid):
         scale = awq_scale(stats.mean_abs, step / grid)
         code = rounded(Scales(Array(scale.to(scale_dtype))))
-        error = stats.distortion(weight - code.decode()).item()
+        delta = weight - code.decode()
+        error = ((delta @ stats.second) * delta).sum().item()  # in float32: it need only rank
         if error < least:
             best, least = code, error
     if not clip:
