@@ -193,8 +193,9 @@ class Rotation(Basis):
     @classmethod
     def random(cls, n: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Rotation:
         """Of `n` inputs, with signs drawn by `seed`: the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(2, (linalg.hadamard_order(n),), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        order = linalg.hadamard_order(n)
+        signs = torch.randint(2, (order,), generator=generator, device="cpu")
         return cls(Bits.of(signs, 1).to(device), n)
 
     @property

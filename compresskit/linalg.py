@@ -152,7 +152,7 @@ def hadamard_transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     """
     n = x.shape[-1]
     for factor in reversed(_hadamard_factors(n)):
-        matrix = _hadamard_factor(factor).to(x)
+        matrix = _hadamard_factor(factor, x.device).to(x.dtype)
         x = x.unflatten(-1, (-1, factor)) @ (matrix if transposed else matrix.T)
         x = x.transpose(-1, -2).flatten(-2)
     return x / n**0.5
@@ -182,21 +182,23 @@ def _factored(n: int) -> tuple[int, ...] | None:
     return None
 
 
-@lru_cache
-def _hadamard_factor(order: int) -> Tensor:
+def _hadamard_factor(order: int, device: torch.device | None = None) -> Tensor:
     if order & (order - 1) == 0:
-        matrix = torch.ones(1, 1)
+        matrix = torch.ones(1, 1, device=device)
+        two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
         while len(matrix) < order:
-            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+            matrix = torch.kron(two, matrix)
         return matrix
     q = order - 1
-    character = -torch.ones(q)  # of the differences i - j: 1 for squares modulo q
-    character[torch.arange(q).square() % q] = 1
+    places = torch.arange(q, device=device)
+    character = -torch.ones(q, device=device)  # of differences i - j: 1 for squares modulo q
+    character[places.square() % q] = 1
     character[0] = 0
-    skew = torch.ones(order, order)
-    skew[1:, 0], skew[0, 0] = -1, 0
-    skew[1:, 1:] = character[(torch.arange(q)[:, None] - torch.arange(q)) % q]
-    return skew + torch.eye(order)
+    matrix = torch.ones(order, order, device=device)
+    matrix[1:, 0] = -1
+    matrix[1:, 1:] = character[(places[:, None] - places) % q]
+    matrix[1:, 1:].diagonal().fill_(1)
+    return matrix
 
 
 def _is_prime(q: int) -> bool:
