@@ -228,3 +228,11 @@ def test_an_order_that_cannot_be_built_is_refused_with_the_next(n, following):
     if n:
         with pytest.raises(ValueError, match=f"one is {following}$"):
             linalg.hadamard_transform(torch.ones(2, n))
+
+
+def test_gradients_pass_a_rotation_that_was_first_used_without_them():
+    with torch.inference_mode():
+        Rotation.random(24).apply(torch.ones(24))
+    x = torch.ones(24, requires_grad=True)
+    Rotation.random(24).apply(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
