@@ -15,8 +15,8 @@ from compresskit.methods import awq, round_to_nearest
 from compresskit.methods.awq import awq_scale
 from compresskit.stats import InputStats
 
-# Outputs of mit-han-lab/llm-awq, commit d6e797a (auto_scale.py, auto_clip.py), for a (256, 512) weight and 512
-# tokens with outliers and one dead input.
+# Outputs of mit-han-lab/llm-awq, commit d6e797a (auto_scale.py, auto_clip.py), for a (256, 512)
+# weight and 512 tokens with outliers and one dead input.
 REFERENCE = np.load(Path(__file__).parent / "data" / "scales.npz")
 GRIDS = {
     "b4_g128": QuantSpec(4, group_size=128),

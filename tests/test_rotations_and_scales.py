@@ -12,7 +12,8 @@ from compresskit.methods import awq, hadamard, round_to_nearest, smooth
 from compresskit.methods.smooth import smoothing_scale
 from compresskit.stats import InputStats
 
-# Outputs of mit-han-lab/smoothquant, commit c61476d (smooth.py); see tests/test_awq.py for weight and inputs.
+# Outputs of mit-han-lab/smoothquant, commit c61476d (smooth.py), for the weight of
+# tests/test_awq.py and the largest magnitudes of its inputs.
 REFERENCE = np.load(Path(__file__).parent / "data" / "scales.npz")
 nearest = partial(round_to_nearest, spec=QuantSpec(4))
 
