@@ -1,6 +1,7 @@
 """The contract that every method keeps. A new method is one line in METHODS."""
 
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -150,6 +151,68 @@ def test_a_matrix_of_one_row_or_one_column_is_accepted(name):
     for shape in ((1, 37), (12, 1), (1, 1)):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert METHODS[name](weight, InputStats.isotropic(shape[1])).shape == shape
+
+
+@every
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(name, weight, x, bad):
+    weight[3, 5] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        METHODS[name](weight, InputStats.of(x))
+
+
+def same_or_refused(name, weight, stats, usual, reason):
+    """A method that uses `stats` refuses them; one that does not returns what it always does."""
+    try:
+        code = METHODS[name](weight, stats)
+    except ValueError as error:
+        return reason in str(error)
+    return torch.equal(code.decode(), usual)
+
+
+@every
+@pytest.mark.parametrize("field", ["second", "mean_abs", "max_abs"])
+def test_moments_that_are_not_finite_are_refused_or_not_used(name, field, weight, x):
+    stats = InputStats.of(x)
+    usual = METHODS[name](weight, stats).decode()
+    broken = getattr(stats, field).clone()
+    broken[4] = torch.nan
+    assert same_or_refused(name, weight, replace(stats, **{field: broken}), usual, "finite")
+
+
+@every
+def test_moments_of_another_layer_are_refused_or_not_used(name, weight):
+    stats = InputStats.of(torch.randn(50, 36, generator=torch.Generator().manual_seed(0)))
+    assert same_or_refused(name, weight, stats, METHODS[name](weight, None).decode(), "36")
+
+
+@every
+def test_a_zero_matrix_and_zero_rows_and_columns_are_ordinary(name, weight, x):
+    stats = InputStats.of(x)
+    assert not METHODS[name](torch.zeros(12, 37), stats).decode().any()
+    weight[2], weight[:, 7] = 0, 0
+    error = weight - METHODS[name](weight, stats).decode()
+    assert error.square().sum() < weight.square().sum()
+
+
+@every
+def test_inputs_that_are_always_zero_do_no_harm(name, weight, x):
+    x[:, [0, 9, 36]] = 0
+    stats = InputStats.of(x)
+    decoded = METHODS[name](weight, stats).decode()
+    assert torch.isfinite(decoded).all()
+    assert stats.distortion(weight - decoded) < stats.distortion(weight)
+    nothing = InputStats.of(torch.zeros(9, 37))
+    assert torch.isfinite(METHODS[name](weight, nothing).decode()).all()
+
+
+@every
+def test_fewer_calibration_tokens_than_columns_are_enough(name, weight, x):
+    for tokens in (1, 5):
+        stats = InputStats.of(x[:tokens])
+        decoded = METHODS[name](weight, stats).decode()
+        assert torch.isfinite(decoded).all()
+        assert stats.distortion(weight - decoded) < stats.distortion(weight)
 
 
 def test_every_public_method_is_under_contract():
