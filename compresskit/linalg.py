@@ -174,8 +174,9 @@ def _factored(n: int) -> tuple[int, ...] | None:
     if n >= 1 and n & (n - 1) == 0:
         sixteens, rest = divmod(n.bit_length() - 1, 4)
         return ((2**rest,) if rest else ()) + (16,) * sixteens
-    for order in range(12, n + 1, 4):
-        if n % order == 0 and _is_prime(order - 1):
+    small = [d for d in range(1, isqrt(max(n, 0)) + 1) if n % d == 0]
+    for order in sorted({*small, *(n // d for d in small)}):
+        if order >= 12 and order % 4 == 0 and _is_prime(order - 1):
             rest = _factored(n // order)
             if rest is not None:
                 return (*rest, order)

@@ -236,3 +236,9 @@ def test_gradients_pass_a_rotation_that_was_first_used_without_them():
     x = torch.ones(24, requires_grad=True)
     Rotation.random(24).apply(x).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+@pytest.mark.parametrize(("n", "following"), [(10**8 + 1, 10**8 + 8), (2**24, 2**24)])
+def test_orders_of_any_size_are_found_at_once(n, following):
+    """A file may name any: divisors up to the root are tried, not all numbers below."""
+    assert linalg.hadamard_order(n) == following
