@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compresskit import linalg
 from compresskit.bits import check_width
 from compresskit.code import FLOATS, Array, Bits, Code
 
@@ -220,12 +221,7 @@ def fit_grid(
     """
     if scale_dtype not in FLOATS.values():
         raise ValueError(f"scale_dtype={scale_dtype}; it must be one of {list(FLOATS)}")
-    if weight.ndim != 2 or not weight.numel():
-        raise ValueError(
-            f"shape {tuple(weight.shape)}; a non-empty matrix is needed, like (64, 128)"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinite values; find out where they come from")
+    linalg.check_weight(weight)
     weight = weight.detach().float()
     rows, columns = weight.shape
     if spec.group_size == "tensor":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresskit import linalg
 from compresskit.code import Array, Bits, Code
 
 
@@ -30,16 +31,8 @@ def _dynamic() -> Tensor:
     return torch.from_numpy(np.sort(np.concatenate(found)))
 
 
-_FP4 = [
-    0.0,
-    1 / 192,
-    2 / 3,
-    1.0,
-    1 / 3,
-    1 / 2,
-    1 / 6,
-    1 / 4,
-]  # by sign, two exponent bits, one more
+# By two exponent bits and one more; the sign comes before them.
+_FP4 = [0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4]
 TABLES = {
     # Dettmers et al., "QLoRA", appendix E: quantiles of a Gaussian, with an exact zero.
     "nf4": torch.tensor(
@@ -235,22 +228,12 @@ def absmax_code(weight: Tensor, table: str, *, block: int, double_quant: bool) -
     ------
     ValueError : not a matrix, empty, not finite, or `block` below 1
     """
-    weight = checked(weight)
+    linalg.check_weight(weight)
+    weight = weight.detach().float()
     scale = block_scales(weight, block)
     index = nearest(normalized(weight, scale, block), TABLES[table])
     scales = double_quantized(scale) if double_quant else Array(scale)
     return Codebook(Bits(index, 4), table, scales, block=block)
-
-
-def checked(weight: Tensor) -> Tensor:
-    """The (m, n) weight in float32, or a ValueError where it is no finite non-empty matrix."""
-    if weight.ndim != 2 or not weight.numel():
-        raise ValueError(
-            f"shape {tuple(weight.shape)}; a non-empty matrix is needed, like (64, 128)"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinite values; find out where they come from")
-    return weight.detach().float()
 
 
 def optimal_values(values: Tensor, k: int, *, weights: Tensor | None = None) -> Tensor:

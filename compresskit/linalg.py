@@ -210,3 +210,13 @@ def check_square(matrix: Tensor) -> None:
     """Refuse anything but a square matrix (`ValueError`)."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"shape {tuple(matrix.shape)}; a square matrix is needed, like (64, 64)")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse anything but a finite matrix with an entry or more (`ValueError`)."""
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(
+            f"shape {tuple(weight.shape)}; a non-empty matrix is needed, like (64, 128)"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinite values; find out where they come from")

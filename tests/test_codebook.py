@@ -485,7 +485,7 @@ BAD_OPTIONS = {
     "out of the range of torch.float16": lambda w: lloyd_max(w * 1e7),
     "use value_dtype=torch.float32": lambda w: lloyd_max(w * 1e-8),
     "moments of 7 inputs": lambda w: lloyd_max(w, InputStats.isotropic(7)),
-    "moments E x_j": lambda w: kmeans(
+    "second moments hold NaN": lambda w: kmeans(
         w, InputStats(1, torch.full((512, 512), torch.nan), torch.ones(512), torch.ones(512))
     ),
 }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from compresskit import linalg
 from compresskit.affine import Quantized
 from compresskit.code import Array, Bits
 from compresskit.integer import Integer
@@ -57,12 +58,7 @@ def llm_int8(
     """
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold={threshold}; it must be 0 or more, for instance 6.0")
-    if weight.ndim != 2 or not weight.numel():
-        raise ValueError(
-            f"shape {tuple(weight.shape)}; a non-empty matrix is needed, like (64, 128)"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinite values; find out where they come from")
+    linalg.check_weight(weight)
     weight = weight.detach().float()
     largest = weight.abs().amax(1, keepdim=True)
     normal = largest > torch.finfo(torch.float32).tiny

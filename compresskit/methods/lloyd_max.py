@@ -9,11 +9,11 @@ from compresskit.code import FLOATS, Array, Bits
 from compresskit.codebook import (
     Codebook,
     block_scales,
-    checked,
     double_quantized,
     nearest,
     optimal_values,
 )
+from compresskit.methods.moments import checked
 from compresskit.stats import InputStats
 
 Fit = Callable[[Tensor, Tensor], Tensor]
@@ -115,8 +115,8 @@ def fitted(
         raise ValueError(f"bits={bits!r}; it must be 1 to 8, for instance 4")
     if share not in ("matrix", "row"):
         raise ValueError(f'share={share!r}; it must be "matrix" or "row"')
-    weight = checked(weight)
-    importance = _importance(weight, stats)
+    weight, stats = checked(weight, stats)
+    importance = stats.second.diagonal().double().expand(weight.shape)
     scales, x = None, weight
     if block is not None:
         scales = block_scales(weight, block)
@@ -136,21 +136,6 @@ def fitted(
 
 def _fit(fit: Fit, values: Tensor, weights: Tensor) -> Tensor:
     return fit(values, weights if weights.any() else torch.ones_like(weights))
-
-
-def _importance(weight: Tensor, stats: InputStats | None) -> Tensor:
-    """(m, n) E x_j^2 in float64; 1 where nothing is known."""
-    if stats is None:
-        return torch.ones_like(weight, dtype=torch.float64)
-    power = stats.second.diagonal().to(weight.device).double()
-    if len(power) != weight.shape[1]:
-        raise ValueError(
-            f"moments of {len(power)} inputs for a weight of shape {tuple(weight.shape)}; there"
-            f" must be {weight.shape[1]}"
-        )
-    if not torch.isfinite(power).all() or (power < 0).any():
-        raise ValueError("the moments E x_j^2 hold NaN, infinite or negative values")
-    return power.expand(weight.shape)
 
 
 def _stored(table: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from compresskit import linalg
 from compresskit.stats import InputStats
 
 
@@ -19,12 +20,7 @@ def checked(weight: Tensor, stats: InputStats | None) -> tuple[Tensor, InputStat
     ValueError : not a matrix, empty, not finite, second moments that are not finite, or moments
         of another number of inputs
     """
-    if weight.ndim != 2 or not weight.numel():
-        raise ValueError(
-            f"shape {tuple(weight.shape)}; a non-empty matrix is needed, like (64, 128)"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinite values; find out where they come from")
+    linalg.check_weight(weight)
     columns = weight.shape[1]
     stats = InputStats.isotropic(columns) if stats is None else stats
     if len(stats.second) != columns:
