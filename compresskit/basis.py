@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit import linalg
-from compresskit.code import Bits, Code
+from compresskit.code import Bits, Code, Leaf
 
 
 class Basis(Code):
@@ -58,7 +58,7 @@ class Permutation(Basis):
 
     Raises
     ------
-    ValueError : `order` is not a permutation
+    ValueError : `order` is no stored vector, or not a permutation
 
     Examples
     --------
@@ -74,9 +74,9 @@ class Permutation(Basis):
     monomial = True
 
     def __post_init__(self):
-        order = self.order.decode()
-        if order.ndim != 1 or not order.numel():
-            raise ValueError(f"an order of shape {tuple(order.shape)}; (n,) with n >= 1 is needed")
+        order = _stored_vector(self.order, "an order")
+        if order.is_floating_point():
+            raise ValueError(f"an order of {order.dtype}; whole numbers in Bits are needed")
         places = torch.arange(len(order), device=order.device)
         if not order.is_meta and not torch.equal(order.sort().values, places.to(order.dtype)):
             raise ValueError(
@@ -113,7 +113,7 @@ class Scales(Basis):
 
     Raises
     ------
-    ValueError : not a vector, or a scale that is zero, negative or not finite
+    ValueError : not a stored vector, or a scale that is zero, negative or not finite
 
     Examples
     --------
@@ -128,9 +128,7 @@ class Scales(Basis):
     monomial = True
 
     def __post_init__(self):
-        scale = self.scale.decode()
-        if scale.ndim != 1 or not scale.numel():
-            raise ValueError(f"scales of shape {tuple(scale.shape)}; (n,) with n >= 1 is needed")
+        scale = _stored_vector(self.scale, "scales")
         if not scale.is_meta and not ((scale > 0) & scale.isfinite()).all():
             raise ValueError(
                 f"scales from {scale.min():.3g} to {scale.max():.3g}; they must be finite and above"
@@ -156,7 +154,8 @@ class Rotation(Basis):
     """V = H D P: zeros appended up to length N (P), signs flipped (D), a Hadamard matrix (H).
 
     Its columns are orthonormal, V^+ = V^T, so it changes no length and no inner product, and
-    costs O(N log N) instead of N n. N is an order for which `linalg.hadamard` has a matrix.
+    costs N times the sum of H's Kronecker factors instead of N n. N is an order for which
+    `linalg.hadamard` has a matrix.
 
     Parameters
     ----------
@@ -167,7 +166,8 @@ class Rotation(Basis):
 
     Raises
     ------
-    ValueError : no Hadamard matrix of order N can be built, or n is not in 1 ... N
+    ValueError : `signs` is no stored vector of 0 and 1, no Hadamard matrix of order N can be built,
+        or n is not in 1 ... N
 
     References
     ----------
@@ -179,11 +179,14 @@ class Rotation(Basis):
     width: int
 
     def __post_init__(self):
-        shape = self.signs.shape
-        if len(shape) != 1 or type(self.width) is not int or not 1 <= self.width <= shape[0]:
+        signs = _stored_vector(self.signs, "signs")
+        shape = tuple(signs.shape)
+        if type(self.width) is not int or not 1 <= self.width <= shape[0]:
             raise ValueError(
                 f"signs of shape {shape} for {self.width!r} inputs; (N,) with N >= n >= 1 is needed"
             )
+        if not signs.is_meta and not ((signs == 0) | (signs == 1)).all():
+            raise ValueError("signs that are not 0 or 1; store them as Bits of width 1")
         if linalg.hadamard_order(shape[0]) != shape[0]:
             raise ValueError(
                 f"no Hadamard matrix of order {shape[0]} can be built here; the next order for"
@@ -215,6 +218,17 @@ class Rotation(Basis):
 
     def _signs(self, like: Tensor) -> Tensor:
         return 1 - 2 * self.signs.decode().to(like)
+
+
+def _stored_vector(code: Code, what: str) -> Tensor:
+    """What a leaf holds, if it is (n,) with n >= 1; formulas are refused before they are decoded.
+
+    A damaged file may name one that fills the memory.
+    """
+    if not isinstance(code, Leaf) or len(code.shape) != 1 or not code.shape[0]:
+        kind = f"a {type(code).__name__} of shape {tuple(code.shape)}"
+        raise ValueError(f"{what}: {kind}; a stored array (n,) with n >= 1 is needed")
+    return code.decode()
 
 
 @dataclass(frozen=True, eq=False)

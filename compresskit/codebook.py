@@ -512,13 +512,14 @@ def _in_blocks(x: Tensor, block: int) -> Tensor:
     if type(block) is not int or block < 1:
         raise ValueError(f"block={block!r}; it must be 1 or more, for instance 64")
     flat = x.reshape(-1)
+    block = min(block, max(len(flat), 1))  # of one block longer than the tensor, what there is
     missing = -len(flat) % block
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).reshape(-1, block)
 
 
 def _check_index(index: Tensor, size: int) -> None:
     whole = not (index.is_floating_point() or index.is_complex())
-    if index.numel() and whole:
+    if index.numel() and whole and not index.is_meta:
         low, high = (int(end) for end in index.aminmax())
         whole = 0 <= low and high < size
     if not whole:

@@ -60,9 +60,10 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() and b.numel() and _native_is_exact(a.device):
         return _native(a, b)
     total = torch.zeros(len(a), b.shape[1], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], _FLOAT_TERMS):
-        terms = slice(start, start + _FLOAT_TERMS)
-        total += (a[:, terms].float() @ b[terms].float()).int()
+    with torch.autocast(a.device.type, enabled=False):
+        for start in range(0, a.shape[1], _FLOAT_TERMS):
+            terms = slice(start, start + _FLOAT_TERMS)
+            total += (a[:, terms].float() @ b[terms].float()).int()
     return total
 
 
@@ -243,7 +244,8 @@ class Integer(Code):
         weight = self.weight
         columns = weight.levels.tensor[:, hot] - weight.zero.decode()
         y = self._rescaled(levels.masked_fill(hot, 0), scale)
-        return y + F.linear(x[:, hot], weight.scale.decode() * columns)
+        with torch.autocast(x.device.type, enabled=False):
+            return y + F.linear(x[:, hot], weight.scale.decode() * columns)
 
     def _rescaled(self, levels: Tensor, scale: Tensor) -> Tensor:
         """scale_x scale_w (sum_j p_j q_j - z sum_j p_j), the bracket in exact integers."""

@@ -6,6 +6,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+_LARGEST = 256  # a Paley factor is multiplied entry by entry: no single one may be the whole order
+
 
 def damped(matrix: Tensor, fraction: float) -> Tensor:
     """matrix + fraction * mean(diag(matrix)) * I.
@@ -93,8 +95,8 @@ def eigenvalues(matrix: Tensor) -> Tensor:
 def hadamard(n: int) -> Tensor:
     """(n, n) float32 matrix H of entries +1 and -1 with H H^T = n I.
 
-    The Kronecker product of Sylvester's matrices of order 2 and of Paley's of order q + 1, for
-    primes q with q mod 4 = 3; in particular of every order 2^k.
+    The Kronecker product of Sylvester's matrices of order 2 and of Paley's of order q + 1 up to
+    256, for primes q with q mod 4 = 3; in particular of every order 2^k.
 
     Parameters
     ----------
@@ -151,10 +153,11 @@ def hadamard_transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     step below multiplies the last axis and moves it to the front.
     """
     n = x.shape[-1]
-    for factor in reversed(_hadamard_factors(n)):
-        matrix = _hadamard_factor(factor, x.device).to(x.dtype)
-        x = x.unflatten(-1, (-1, factor)) @ (matrix if transposed else matrix.T)
-        x = x.transpose(-1, -2).flatten(-2)
+    with torch.autocast(x.device.type, enabled=False):
+        for factor in reversed(_hadamard_factors(n)):
+            matrix = _hadamard_factor(factor, x.device).to(x.dtype)
+            x = x.unflatten(-1, (-1, factor)) @ (matrix if transposed else matrix.T)
+            x = x.transpose(-1, -2).flatten(-2)
     return x / n**0.5
 
 
@@ -176,7 +179,7 @@ def _factored(n: int) -> tuple[int, ...] | None:
         return ((2**rest,) if rest else ()) + (16,) * sixteens
     small = [d for d in range(1, isqrt(max(n, 0)) + 1) if n % d == 0]
     for order in sorted({*small, *(n // d for d in small)}):
-        if order >= 12 and order % 4 == 0 and _is_prime(order - 1):
+        if 12 <= order <= _LARGEST and order % 4 == 0 and _is_prime(order - 1):
             rest = _factored(n // order)
             if rest is not None:
                 return (*rest, order)

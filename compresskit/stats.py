@@ -66,7 +66,8 @@ class InputStats:
         if x.ndim != 2 or not len(x):
             raise ValueError(f"shape {tuple(x.shape)}; (tokens, n) with a token or more is needed")
         x = x.detach().float()
-        second = x.T @ x / len(x)
+        with torch.autocast(x.device.type, enabled=False):  # the model may run under one
+            second = x.T @ x / len(x)
         if not torch.isfinite(second).all():
             raise ValueError("the inputs, or their squares, are not finite in float32")
         return cls(len(x), second, x.abs().mean(0), x.abs().amax(0))

@@ -9,7 +9,7 @@ import torch
 from compresskit import container, linalg
 from compresskit.affine import QuantSpec
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
-from compresskit.code import Array, Bits
+from compresskit.code import Array, Bits, Sum
 from compresskit.methods import round_to_nearest
 from compresskit.model import compress
 from compresskit.stats import InputStats
@@ -147,8 +147,8 @@ HALVES = Array(torch.ones(3, dtype=torch.float16))
     [
         (lambda: Permutation.of(torch.tensor([0, 0, 2])), "must hold each of 0 to 2 once"),
         (lambda: Permutation(Bits.of(torch.tensor([1, 2, 3]), 2)), "must hold each of 0 to 2 once"),
-        (lambda: Permutation(Bits.of(torch.zeros(1, 1), 1)), r"shape \(1, 1\); \(n,\)"),
-        (lambda: Permutation(HALVES), "no permutation"),
+        (lambda: Permutation(Bits.of(torch.zeros(1, 1), 1)), r"shape \(1, 1\); a stored array"),
+        (lambda: Permutation(HALVES), "whole numbers in Bits"),
         (lambda: Scales(Array(torch.tensor([1.0, 0.0]))), "scales from 0 to 1; they must be"),
         (lambda: Scales(Array(torch.tensor([1.0, -2.0]))), "above 0 in the dtype"),
         (lambda: Scales(Array(torch.tensor([torch.nan]))), "must be finite"),
@@ -238,7 +238,40 @@ def test_gradients_pass_a_rotation_that_was_first_used_without_them():
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
-@pytest.mark.parametrize(("n", "following"), [(10**8 + 1, 10**8 + 8), (2**24, 2**24)])
+@pytest.mark.parametrize(("n", "following"), [(10**8 + 1, 100026368), (2**24, 2**24)])
 def test_orders_of_any_size_are_found_at_once(n, following):
     """A file may name any: divisors up to the root are tried, not all numbers below."""
     assert linalg.hadamard_order(n) == following
+
+
+@pytest.mark.parametrize("node", [Permutation, Scales, lambda code: Rotation(code, 4)])
+def test_a_basis_is_made_of_stored_vectors_and_decodes_no_formula_to_be_checked(node):
+    deep = Rotation(Bits.of(torch.zeros(4), 1), 4)
+    for code in (deep, Sum(deep, deep), Array(torch.ones(4, 4)), Array(torch.ones(0))):
+        with pytest.raises(ValueError, match="a stored array"):
+            node(code)
+
+
+def test_signs_are_bits_and_orders_whole_numbers():
+    for signs in (Bits.of(torch.tensor([0, 7, 1, 0]), 3), Array(torch.tensor([1, torch.nan]))):
+        with pytest.raises(ValueError, match="not 0 or 1"):
+            Rotation(signs, 2)
+    with pytest.raises(ValueError, match="whole numbers"):
+        Permutation(Array(torch.tensor([1.0, 0.0])))
+
+
+def test_no_factor_of_a_transform_is_as_large_as_the_transform():
+    for n in [*range(1, 300), 11008, 18944, 60083]:
+        order = linalg.hadamard_order(n)
+        assert max(linalg._hadamard_factors(order), default=1) <= 256
+        assert n <= order <= 1.3 * n + 3
+    with pytest.raises(ValueError, match="no Hadamard matrix of order 5504"):
+        linalg.hadamard_transform(torch.ones(5504))
+
+
+def test_autocast_does_not_coarsen_a_rotation():
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    basis = Rotation.random(48)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = basis.apply(x)
+    assert torch.equal(inside, basis.apply(x))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from compresskit import bits, codebook, container
 from compresskit.affine import QuantSpec
@@ -510,3 +511,20 @@ def test_eight_bits_of_table_are_indexed_by_whole_bytes(weight):
     code = lloyd_max(weight, bits=8)
     assert code.index.to_bytes() == bits.pack(code.index.tensor, 8)
     assert code.size_table() == {"index": weight.numel(), "values": 512}
+
+
+def test_a_block_longer_than_the_matrix_takes_no_memory_for_what_is_not_there(weight):
+    code = nf4(weight, block=10**12, double_quant=False)
+    assert torch.equal(
+        code.decode(), nf4(weight, block=weight.numel(), double_quant=False).decode()
+    )
+
+
+def test_a_table_shorter_than_its_index_could_name_lives_in_a_layer(tmp_path):
+    layer = nn.Linear(8, 4)
+    index = torch.arange(32).reshape(4, 8) % 3
+    code = Codebook(Bits.of(index, 2), Array(torch.tensor([-1.0, 0.0, 1.0])))
+    small = compress(layer, {"": lambda weight, stats: code})
+    assert torch.equal(small.weight, index - 1.0)
+    container.save(small, tmp_path / "ternary")
+    assert torch.equal(container.load(tmp_path / "ternary", layer).weight, index - 1.0)

@@ -426,3 +426,15 @@ def test_the_weight_levels_are_those_of_torchs_own_dynamic_quantization():
     )
     assert (off != 0).sum() <= 32  # at most the largest weight of each row, between two levels
     assert off.abs().max() <= 1
+
+
+def test_autocast_coarsens_neither_integers_nor_hot_columns(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 48, generator=generator), torch.randn(5, 48, generator=generator)
+    x[2, 7] = 100
+    code = llm_int8(weight)
+    for native in (True, False):
+        monkeypatch.setattr(integer, "_native_is_exact", lambda device, native=native: native)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = code.product(x)
+        assert torch.equal(inside, code.product(x))

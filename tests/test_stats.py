@@ -98,3 +98,10 @@ def test_moments_that_do_not_belong_together_are_refused(x):
         InputStats(1, stats.second, stats.mean_abs[:2], stats.max_abs)
     with pytest.raises(ValueError, match="square"):
         InputStats(1, stats.mean_abs, stats.mean_abs, stats.max_abs)
+
+
+def test_moments_are_single_precision_in_a_model_that_runs_in_half():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = InputStats.of(x)
+    assert torch.equal(inside.second, InputStats.of(x).second)

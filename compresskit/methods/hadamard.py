@@ -49,7 +49,8 @@ def hadamard(
 
     Notes
     -----
-    O(N log N) for each row and, when the layer runs, for each token, beside what `method` takes.
+    For each row and, when the layer runs, for each token, N times the sum of the factors of the
+    Hadamard matrix (12 + 16 + 2 for N = 384), beside what `method` takes.
     A matrix whose entries are Gaussian already gains nothing.
     Chee et al., "QuIP", arXiv 2307.13304, sections 3.2 and 5 (why incoherence helps); Ashkboos et
     al., "QuaRot", arXiv 2404.00456 (Hadamard matrices; there V is folded into the layer before
