@@ -1,6 +1,6 @@
 """From matrices to models: collect statistics, compress, decode, count the bytes.
 
-(Over 200 lines: the four verbs share what a layer's name, a tied weight and a mode mean.)
+(Over 200 lines: the five verbs share what a layer's name, a tied weight and a mode mean.)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,11 +176,11 @@ def compress_in_order(
             prefix = f"{stack}.{place}."
             inside = {n.removeprefix(prefix): m for n, m in plan.items() if n.startswith(prefix)}
             if inside:
-                stats = collect(block, calls, run=lambda block, call: block(*call), names=inside)
+                stats = collect(block, calls, run=lambda block, call: call.on(block), names=inside)
                 block = compress(block, inside, stats)
                 codes |= {prefix + name: block.get_submodule(name).code for name in inside}
                 block = decoded(block)
-            calls = [(block(*call), *call[1:]) for call in calls]
+            calls = [call.after(block) for call in calls]
     return compress(model, {n: lambda weight, stats, code=codes[n]: code for n in plan})
 
 
@@ -188,15 +188,36 @@ class _Reached(Exception):
     """Ends a forward pass where its rest is not needed."""
 
 
-def _call(model: nn.Module, block: nn.Module, batch: Any, run: Callable) -> tuple:
-    """The arguments that `block` is called with when the model runs on a batch."""
-    seen: list[tuple] = []
+class _Call(NamedTuple):
+    """What a block is called with: the stream `x`, and what is the same for all blocks."""
 
-    def stop(block: nn.Module, args: tuple) -> None:
-        seen.append(args)
+    x: Tensor
+    args: tuple
+    kwargs: dict
+
+    def on(self, block: nn.Module) -> Any:
+        return block(self.x, *self.args, **self.kwargs)
+
+    def after(self, block: nn.Module) -> _Call:
+        x = self.on(block)
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"a block returned a {type(x).__name__}; it must return the next block's tensor"
+            )
+        return self._replace(x=x)
+
+
+def _call(model: nn.Module, block: nn.Module, batch: Any, run: Callable) -> _Call:
+    """The call of `block` when the model runs on a batch."""
+    seen: list[_Call] = []
+
+    def stop(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not args:
+            raise ValueError("the blocks get no positional argument; give the stream as the first")
+        seen.append(_Call(args[0], args[1:], kwargs))
         raise _Reached
 
-    hook = block.register_forward_pre_hook(stop)
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run(model, batch)
     except _Reached:

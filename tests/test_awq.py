@@ -212,3 +212,13 @@ def test_a_wrong_power_is_noticed():
     assert error.item() == pytest.approx(expected[6], rel=1e-5)
     assert error.item() != pytest.approx(expected[5], rel=1e-3)
     assert error.item() != pytest.approx(expected[7], rel=1e-3)
+
+
+def test_moments_of_any_size_are_judged():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(4, 8, generator=generator), torch.randn(9, 8, generator=generator)
+    usual = awq(weight, InputStats.of(x), spec=QuantSpec(2), scale_dtype=torch.float32)
+    for size in (3e18, 1e-15):
+        stats = InputStats.of(x * size)
+        code = awq(100 * weight, stats, spec=QuantSpec(2), scale_dtype=torch.float32)
+        torch.testing.assert_close(code.decode(), 100 * usual.decode())

@@ -8,6 +8,7 @@ from torch import nn
 
 from compresskit import model as cm
 from compresskit.affine import Quantized, QuantSpec
+from compresskit.code import Array
 from compresskit.layers import Compressed, tokens
 from compresskit.methods import round_to_nearest
 from compresskit.stats import InputStats
@@ -329,3 +330,48 @@ def test_a_code_that_quantizes_inputs_stays_when_the_others_are_decoded(net, x):
     dense = cm.decoded(small)
     assert isinstance(dense[4], Compressed)
     assert isinstance(dense[6], nn.Linear)
+
+
+class Gained(nn.Module):
+    """x -> W x, times what the stack is told."""
+
+    def __init__(self, pair=False):
+        super().__init__()
+        self.linear, self.pair = nn.Linear(8, 8), pair
+
+    def forward(self, x, shift, *, gain=1.0):
+        x = gain * self.linear(x) + shift
+        return (x, None) if self.pair else x
+
+
+class Told(nn.Module):
+    def __init__(self, pair=False):
+        super().__init__()
+        self.stack = nn.ModuleList(Gained(pair) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.stack:
+            x = block(x, 0.5, gain=3.0)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def test_in_order_the_blocks_get_all_that_they_are_called_with():
+    torch.manual_seed(0)
+    model, x = Told(), torch.randn(40, 8)
+    seen = {}
+
+    def exact(name, weight, stats):
+        seen[name] = stats
+        return Array(weight)
+
+    names = [f"stack.{i}.linear" for i in range(2)]
+    cm.compress_in_order(model, {n: partial(exact, n) for n in names}, [x], stack="stack")
+    for name, stats in cm.collect(model, [x]).items():
+        torch.testing.assert_close(seen[name].second, stats.second)
+
+
+def test_in_order_a_block_that_returns_more_than_a_tensor_is_refused():
+    plan = {"stack.1.linear": lambda weight, stats: Array(weight)}
+    with pytest.raises(ValueError, match="a block returned a tuple"):
+        cm.compress_in_order(Told(pair=True), plan, [torch.randn(4, 8)], stack="stack")

@@ -95,13 +95,15 @@ def awq(
         code = round_to_nearest(scaled, spec=spec, fit=fit, scale_dtype=scale_dtype)
         return InBasis(code, basis)
 
+    power = stats.second.diagonal().mean()
+    second = stats.second / power if power > 0 else stats.second  # so that no error overflows
     best, least = None, torch.inf
     for step in range(grid):
         scale = awq_scale(stats.mean_abs, step / grid)
         code = rounded(Scales(Array(scale.to(scale_dtype))))
         delta = weight - code.decode()
-        error = ((delta @ stats.second) * delta).sum().item()  # in float32: it need only rank
-        if error < least:
+        error = ((delta @ second) * delta).sum().item()  # in float32: it need only rank
+        if best is None or error < least:
             best, least = code, error
     if not clip:
         return best
