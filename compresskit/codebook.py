@@ -460,51 +460,29 @@ def _count_below(x, thresholds, out):
 
 
 @numba.njit(nogil=True, cache=True)
-def _scaled_look_up(index, values, scale, out):
-    for block in range(index.shape[0]):
-        factor = scale[block]
-        for i in range(index.shape[1]):
-            out[block, i] = factor * values[index[block, i]]
-
-
-@numba.njit(nogil=True, cache=True)
-def _scaled_look_up_by_two(index, pairs, scale, out, out_pairs):
-    for block in range(index.shape[0]):
-        for i in range(index.shape[1]):
-            out_pairs[block, i] = pairs[index[block, i]]
-        factor = scale[block]
-        for i in range(out.shape[1]):
-            out[block, i] *= factor
+def _scaled_look_up(index, values, scale, block, out):
+    for b in range(len(scale)):
+        factor, of_block = scale[b], index[b * block : (b + 1) * block]
+        decoded = out[b * block : (b + 1) * block]
+        for i in range(len(of_block)):
+            decoded[i] = factor * values[of_block[i]]
 
 
 def _look_up(index: Tensor, values: Tensor, scale: Tensor | None, block: int | None) -> Tensor:
     """scale * values[index], by blocks; on the CPU compiled, elsewhere by torch."""
     if values.ndim == 2:
         out = values.gather(1, index.reshape(len(index), -1).long()).reshape(index.shape)
-    elif index.device.type == "cpu" and scale is not None and index.numel() % block == 0:
-        return _look_up_compiled(index, values, scale, block)
+    elif index.device.type == "cpu" and scale is not None:
+        out = torch.empty(index.shape)
+        arrays = index.contiguous().reshape(-1).numpy(), values.numpy(), scale.numpy()
+        _scaled_look_up(*arrays, block, out.reshape(-1).numpy())
+        return out
     else:
         out = values[index.long()]
     if scale is None:
         return out
     flat = _in_blocks(out, block) * scale[:, None]
     return flat.reshape(-1)[: out.numel()].reshape(out.shape)
-
-
-def _look_up_compiled(index: Tensor, values: Tensor, scale: Tensor, block: int) -> Tensor:
-    out = torch.empty(index.shape)
-    flat = out.reshape(-1, block).numpy()
-    index = index.contiguous().reshape(-1, block).numpy()
-    if len(values) <= 16 and block % 2 == 0 and index.dtype == np.uint8:
-        # Two indices are one number of 16 bits, two values one of 64: half as many look-ups.
-        pairs = torch.zeros(16, 256, 2)  # [second, first]
-        pairs[: len(values), : len(values), 0] = values
-        pairs[: len(values), : len(values), 1] = values[:, None]
-        pairs = pairs.numpy().view(np.float64).reshape(-1)
-        _scaled_look_up_by_two(index.view("<u2"), pairs, scale.numpy(), flat, flat.view(np.float64))
-    else:
-        _scaled_look_up(index, values.numpy(), scale.numpy(), flat)
-    return out
 
 
 def _in_blocks(x: Tensor, block: int) -> Tensor:

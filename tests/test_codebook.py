@@ -82,6 +82,16 @@ def test_the_compiled_and_the_plain_decoder_agree_bit_for_bit(rows, columns, blo
     assert torch.equal(code.decode(), table[index] * spread)
 
 
+@pytest.mark.parametrize("block", [1, 7, 50, 1000])
+def test_tables_by_rows_and_scales_by_blocks_go_together(block):
+    index = torch.randint(0, 8, (6, 41), generator=generator())
+    table = torch.randn(6, 8, generator=generator(1))
+    scale = torch.rand(-(-index.numel() // block), generator=generator(2))
+    code = Codebook(Bits.of(index, 3), Array(table), Array(scale), block=block)
+    spread = scale.repeat_interleave(block)[: index.numel()].reshape(6, 41)
+    assert torch.equal(code.decode(), table.gather(1, index) * spread)
+
+
 def test_it_survives_a_file_and_a_move(weight, tmp_path):
     layer = torch.nn.Linear(512, 64)
     layer.weight.data = weight
