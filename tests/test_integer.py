@@ -74,6 +74,13 @@ def test_the_largest_sums_that_fit_are_exact():
     assert integer_matmul(a, torch.full_like(a.T, 127)).min() == -128 * 127 * integer.MOST_TERMS
 
 
+@pytest.mark.usefixtures("kernel")
+def test_large_sums_that_are_odd_are_exact_too():
+    a = torch.full((1, 5000), -128, dtype=torch.int8)
+    a[0, ::1000] = 127  # sums of more than 1024 such products are beyond float32
+    assert integer_matmul(a, a.T).item() == (a.long() @ a.long().T).item()
+
+
 def test_one_term_more_could_overflow_and_is_refused():
     a = torch.full((1, integer.MOST_TERMS + 1), -128, dtype=torch.int8)
     assert (a.int() @ a.T.int()).item() == -(2**31)  # the true sum is +2**31
