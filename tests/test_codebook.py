@@ -133,6 +133,30 @@ def test_an_index_beyond_its_table_in_memory_is_refused_and_not_read(weight):
             code.decode()
 
 
+HOSTILE = {
+    "no table": {"values": "nf5"},
+    "block=-1": {"block": -1},
+    "block=64.0": {"block": 64.0},
+    "scales with one": {"block": None},
+    "need scales": {"block": 63},
+    "the fields": {"extra": 1},
+    "an offset of shape": {"offset": {"leaf": "Array", "dtype": "float32", "shape": [1]}},
+    "from 0 to 7": {"values": {"leaf": "Array", "dtype": "float16", "shape": [8]}},
+    "values of shape": {"values": {"leaf": "Array", "dtype": "float16", "shape": [0, 8]}},
+}
+
+
+@pytest.mark.parametrize("message", HOSTILE)
+def test_a_hostile_tree_in_a_file_is_refused(message, weight):
+    code = nf4(weight)
+    stored = {f":{path}": {"data": leaf.to_bytes()} for path, leaf in code.leaves().items()}
+    stored[":offset"] = {"data": bytes(4)}
+    stored[":values"] = {"data": bytes(0 if "values of" in message else 16)}
+    assert torch.equal(container._code(container._tree(code), stored, ":").decode(), code.decode())
+    with pytest.raises(ValueError, match=message):
+        container._code(container._tree(code) | HOSTILE[message], stored, ":")
+
+
 # The standard tables and bitsandbytes
 
 
@@ -538,3 +562,24 @@ def test_a_table_shorter_than_its_index_could_name_lives_in_a_layer(tmp_path):
     assert torch.equal(small.weight, index - 1.0)
     container.save(small, tmp_path / "ternary")
     assert torch.equal(container.load(tmp_path / "ternary", layer).weight, index - 1.0)
+
+
+def test_half_precision_weights_meet_the_table_in_single():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(nearest(x, TABLES["nf4"]), nearest(x.float(), TABLES["nf4"]))
+
+
+def test_tables_and_scales_can_be_trained():
+    values = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+    scale = torch.ones(4, requires_grad=True)
+    code = Codebook(Bits.of(torch.tensor([0, 2, 2, 1]), 2), Array(values), Array(scale), block=1)
+    (2 * code.decode()).sum().backward()
+    assert values.grad.tolist() == [2, 2, 4]
+    assert scale.grad.tolist() == [-2, 2, 2, 0]
+    with torch.no_grad():
+        assert code.decode().tolist() == [-1, 1, 1, 0]
+
+
+def test_an_index_without_rows_has_no_table_per_row():
+    with pytest.raises(ValueError, match="values of shape"):
+        Codebook(Bits.of(torch.tensor(1), 2), Array(torch.ones(1, 4)))
