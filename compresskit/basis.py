@@ -274,6 +274,8 @@ class InBasis(Code):
         return self.basis.undo(self.code.decode())
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.shape[-1:] != self.shape[1:]:
+            raise ValueError(f"inputs of shape {tuple(x.shape)} for {self.shape[1]} columns")
         return self.code.product(self.basis.apply(x), bias)
 
     @property

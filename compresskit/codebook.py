@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compresskit import linalg
-from compresskit.code import Array, Bits, Code
+from compresskit.code import Array, Bits, Code, Leaf
 
 
 def _dynamic() -> Tensor:
@@ -88,9 +88,20 @@ class Codebook(Code):
     block: int | None = None
 
     def __post_init__(self):
+        if not isinstance(self.index, Leaf) or isinstance(self.index, Array):
+            raise ValueError(
+                f"an index in a {type(self.index).__name__}; whole numbers are needed, as in Bits"
+            )
+        parts = [part for part in (self.values, self.scale, self.offset) if isinstance(part, Code)]
+        if not all(isinstance(part, Leaf | Codebook) for part in parts):
+            raise ValueError(
+                f"values, scale and offset in {[type(part).__name__ for part in parts]}; they must"
+                " be stored arrays, or codebooks of such"
+            )
         shape, table = self.index.shape, self._table_shape()
         entries = int(np.prod(shape))
-        if len(table) not in (1, 2) or 0 in table or (len(table) == 2 and table[0] != shape[:1][0]):
+        rows = len(table) == 1 or (len(table) == 2 and table[:1] == tuple(shape[:1]))
+        if not rows or 0 in table:
             raise ValueError(
                 f"values of shape {table} for an index of shape {shape}; give (k,) or (rows, k)"
             )
@@ -146,12 +157,14 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
     -------
     (...,) tensor, uint8 up to 256 values and int32 above
     """
-    values = values.to(x)
+    x = x.detach().contiguous()
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    values = values.detach().to(x)
     ascending, order = values.sort(stable=True)
     thresholds = (ascending[1:] + ascending[:-1]) / 2
     if x.device.type == "cpu" and len(values) <= 32 and x.dtype == torch.float32:
         level = torch.empty(x.shape, dtype=torch.uint8)
-        flat = x.contiguous().reshape(-1).numpy()
+        flat = x.reshape(-1).numpy()
         _count_below(flat, thresholds.numpy(), level.reshape(-1).numpy())
     else:
         level = torch.bucketize(x, thresholds, out_int32=True)
@@ -472,9 +485,10 @@ def _look_up(index: Tensor, values: Tensor, scale: Tensor | None, block: int | N
     """scale * values[index], by blocks; on the CPU compiled, elsewhere by torch."""
     if values.ndim == 2:
         out = values.gather(1, index.reshape(len(index), -1).long()).reshape(index.shape)
-    elif index.device.type == "cpu" and scale is not None:
+    elif index.device.type == "cpu" and scale is not None and not _trained(values, scale):
         out = torch.empty(index.shape)
-        arrays = index.contiguous().reshape(-1).numpy(), values.numpy(), scale.numpy()
+        values, scale = values.detach().numpy(), scale.detach().numpy()
+        arrays = index.contiguous().reshape(-1).numpy(), values, scale
         _scaled_look_up(*arrays, block, out.reshape(-1).numpy())
         return out
     else:
@@ -483,6 +497,10 @@ def _look_up(index: Tensor, values: Tensor, scale: Tensor | None, block: int | N
         return out
     flat = _in_blocks(out, block) * scale[:, None]
     return flat.reshape(-1)[: out.numel()].reshape(out.shape)
+
+
+def _trained(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _in_blocks(x: Tensor, block: int) -> Tensor:

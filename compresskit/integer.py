@@ -145,8 +145,8 @@ class Integer(Code):
 
     References
     ----------
-    Jacob et al., arXiv 1712.05877, section 2.2 (integer products and zero points). Dettmers et
-    al., "LLM.int8()", arXiv 2208.07339, section 3. Book: chapter "Activations and outliers".
+    Jacob et al., arXiv 1712.05877, sections 2.2 and 2.3 (integer products, zero points). Dettmers
+    et al., "LLM.int8()", arXiv 2208.07339, section 3. Book: chapter "Activations and outliers".
     """
 
     weight: Code

@@ -139,7 +139,7 @@ def hadamard_transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     Parameters
     ----------
     x : (..., n) tensor
-        n an order that `hadamard` builds; computed in its dtype
+        n an order that `hadamard` builds; float16 and bfloat16 are computed in float32
     transposed : bool
         Sylvester's matrices are symmetric, Paley's are not
 
@@ -152,13 +152,14 @@ def hadamard_transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     A Kronecker product acts on x, read as an array with an axis per factor, axis by axis. Each
     step below multiplies the last axis and moves it to the front.
     """
-    n = x.shape[-1]
+    n, dtype = x.shape[-1], x.dtype
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
     with torch.autocast(x.device.type, enabled=False):
         for factor in reversed(_hadamard_factors(n)):
             matrix = _hadamard_factor(factor, x.device).to(x.dtype)
             x = x.unflatten(-1, (-1, factor)) @ (matrix if transposed else matrix.T)
             x = x.transpose(-1, -2).flatten(-2)
-    return x / n**0.5
+    return (x / n**0.5).to(dtype)
 
 
 def _hadamard_factors(n: int) -> tuple[int, ...]:

@@ -117,7 +117,9 @@ def compress(
     model = copy.deepcopy(model)
     for name, method in plan.items():
         layer = model.get_submodule(name)
-        code = method(as_matrix(layer), None if stats is None else stats.get(name))
+        weight = as_matrix(layer)
+        with torch.autocast(weight.device.type, enabled=False):  # methods say what they round
+            code = method(weight, None if stats is None else stats.get(name))
         model = _replaced(model, name, compressed(layer, code))
     return model
 

@@ -275,3 +275,19 @@ def test_autocast_does_not_coarsen_a_rotation():
     with torch.autocast("cpu", torch.bfloat16):
         inside = basis.apply(x)
     assert torch.equal(inside, basis.apply(x))
+
+
+@pytest.mark.parametrize(
+    "basis", [Permutation.of(torch.arange(8)), Scales(Array(torch.ones(8))), Rotation.random(8)]
+)
+@pytest.mark.parametrize("width", [1, 7, 12])
+def test_a_product_with_another_number_of_inputs_is_refused(basis, width):
+    code = InBasis(Array(torch.ones(3, 8)), basis)
+    with pytest.raises(ValueError, match="for 8 columns"):
+        code.product(torch.ones(2, width))
+
+
+def test_half_precision_is_rotated_without_overflow():
+    turned = linalg.hadamard_transform(torch.full((2048,), 40.0, dtype=torch.float16))
+    assert turned.dtype == torch.float16
+    assert turned[0].item() == pytest.approx(40 * 2048**0.5, rel=1e-3)

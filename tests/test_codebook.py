@@ -10,7 +10,7 @@ from torch import nn
 
 from compresskit import bits, codebook, container
 from compresskit.affine import QuantSpec
-from compresskit.code import Array, Bits
+from compresskit.code import Array, Bits, Sum
 from compresskit.codebook import TABLES, Codebook, lloyd, nearest, optimal_values
 from compresskit.methods import fp4, kmeans, lloyd_max, nf4, round_to_nearest
 from compresskit.model import compress
@@ -114,8 +114,6 @@ REFUSED = {
     "an offset of shape": lambda: Codebook(INDEX, "nf4", offset=Array(torch.ones(2))),
     "from 0 to 15": lambda: Codebook(Bits.of(torch.tensor([16]), 5), "nf4"),
     "from 0 to 2": lambda: Codebook(Bits.of(torch.tensor([3]), 2), Array(torch.ones(3))),
-    "a whole number": lambda: Codebook(Array(torch.zeros(2)), "nf4").decode(),
-    "from 0 to 1": lambda: Codebook(Codebook(INDEX, "nf4"), Array(torch.ones(2))).decode(),
 }
 
 
@@ -583,3 +581,13 @@ def test_tables_and_scales_can_be_trained():
 def test_an_index_without_rows_has_no_table_per_row():
     with pytest.raises(ValueError, match="values of shape"):
         Codebook(Bits.of(torch.tensor(1), 2), Array(torch.ones(1, 4)))
+
+
+def test_an_index_is_stored_whole_numbers_and_the_rest_stored_arrays():
+    table = Array(torch.ones(2))
+    index = Bits.of(torch.tensor([0, 1]), 1)
+    for wrong in (table, Sum(table, table)):
+        with pytest.raises(ValueError, match="whole numbers are needed"):
+            Codebook(wrong, table)
+    with pytest.raises(ValueError, match=r"\['Array', 'Sum'\]; they must"):
+        Codebook(index, table, Sum(table, table), block=1)

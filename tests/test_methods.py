@@ -1,5 +1,6 @@
 """The contract that every method keeps. A new method is one line in METHODS."""
 
+import copy
 import inspect
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,7 @@ METHODS = {
     ),
     "lloyd_max": partial(lloyd_max),
     "lloyd_max blocks": partial(lloyd_max, bits=3, share="row", block=10),
+    "lloyd_max 6 bits": partial(lloyd_max, bits=6),
     "kmeans": partial(kmeans, bits=2, start="density"),
     "nf4": partial(nf4),
     "nf4 single": partial(nf4, block=16, double_quant=False),
@@ -213,6 +215,34 @@ def test_fewer_calibration_tokens_than_columns_are_enough(name, weight, x):
         decoded = METHODS[name](weight, stats).decode()
         assert torch.isfinite(decoded).all()
         assert stats.distortion(weight - decoded) < stats.distortion(weight)
+
+
+@every
+def test_half_precision_moments_are_accepted_and_autocast_makes_no_difference(name, weight, x):
+    stats = InputStats.of(x)
+    fields = {f: getattr(stats, f).bfloat16() for f in ("second", "mean_abs", "max_abs")}
+    assert METHODS[name](weight, replace(stats, **fields)).shape == weight.shape
+    layer = nn.Linear(37, 12)
+    layer.weight.data = weight
+    usual = compress(layer, {"": METHODS[name]}, {"": stats})
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = compress(layer, {"": METHODS[name]}, {"": stats})
+    assert torch.equal(inside.code.decode(), usual.code.decode())
+
+
+@every
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_gives_the_same_code_there(name, weight, x, tmp_path):
+    layer = nn.Linear(37, 12)
+    layer.weight.data = weight
+    plan, stats = {"": METHODS[name]}, {"": InputStats.of(x)}
+    usual, there = (compress(model, plan, stats) for model in (layer, copy.deepcopy(layer).cuda()))
+    assert all(leaf.tensor.is_cuda for leaf in there.code.leaves().values())
+    a, b = usual.code.decode(), there.code.decode().cpu()
+    assert ((a - b).abs() <= 1e-5 * a.abs().max()).float().mean() >= 0.99  # ties may fall otherwise
+    container.save(there, tmp_path / "layer")
+    again = container.load(tmp_path / "layer", copy.deepcopy(layer).cuda())
+    assert torch.equal(again(x.cuda()), there(x.cuda()))
 
 
 def test_every_public_method_is_under_contract():

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from compresskit import surgery
 from compresskit.affine import QuantSpec
 from compresskit.methods import awq, hadamard, round_to_nearest, smooth
 from compresskit.methods.smooth import smoothing_scale
@@ -143,3 +145,25 @@ def test_what_they_cannot_do_is_refused(method, weight, stats, message):
 def test_wrong_options_of_smooth_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         smooth(random(), InputStats.of(outliers()), method=nearest, **arguments)
+
+
+def pair_after_a_norm():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"norm": nn.LayerNorm(8), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+
+
+def test_what_would_be_scaled_twice_is_refused():
+    stats = dict.fromkeys("ab", InputStats.of(torch.randn(20, 8)))
+    tied = pair_after_a_norm()
+    tied["b"].weight = tied["a"].weight
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] would be scaled twice"):
+        surgery.smooth(tied, stats, sources={"norm": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"\['b'\] would be scaled twice"):
+        surgery.smooth(pair_after_a_norm(), stats, sources={"norm": ["b"], "a": ["b"]})
+
+
+def test_a_table_is_no_source():
+    model = nn.ModuleDict({"table": nn.Embedding(8, 8), "a": nn.Linear(8, 8)})
+    stats = {"a": InputStats.of(torch.randn(20, 8))}
+    with pytest.raises(ValueError, match=r"no norm or dense layer is named \['table'\]"):
+        surgery.smooth(model, stats, sources={"table": ["a"]})

@@ -66,7 +66,8 @@ def gptq(
 
     Notes
     -----
-    O(m n^2 + n^3) time, O(m n + n^2) memory. Columns that no input reaches become 0.
+    O(m n^2 + n^3) time, O(m n + n^2) memory. Columns that no input reaches become 0,
+    or the level nearest to it.
     Frantar et al., "GPTQ" (ICLR 2023), Algorithm 1, computes the same from the upper Cholesky
     factor U = V^-1 of the inverse. Factoring backwards gives V itself, and no inverse is formed;
     this form of the update is LDLQ of Chee et al., "QuIP" (NeurIPS 2023), who prove them equal.

@@ -120,6 +120,7 @@ def fitted(
     scales, x = None, weight
     if block is not None:
         scales = block_scales(weight, block)
+        block = min(block, weight.numel())
         scales = double_quantized(scales) if double_quant else Array(scales)
         scale = scales.decode().repeat_interleave(block)[: weight.numel()].reshape(weight.shape)
         x = torch.where(scale != 0, weight / scale, 0)  # by the scale that is stored

@@ -8,7 +8,7 @@ from compresskit.stats import InputStats
 
 
 def checked(weight: Tensor, stats: InputStats | None) -> tuple[Tensor, InputStats]:
-    """`weight` in float32 and the moments of its inputs on its device; None: isotropic ones.
+    """`weight` and the moments of its inputs in float32 on one device; None: isotropic ones.
 
     Parameters
     ----------
@@ -30,7 +30,8 @@ def checked(weight: Tensor, stats: InputStats | None) -> tuple[Tensor, InputStat
         )
     if not torch.isfinite(stats.second).all():
         raise ValueError("the second moments hold NaN or infinite values; check the inputs")
-    return weight.detach().float(), stats.to(weight.device)
+    tensors = (t.to(weight.device).float() for t in (stats.second, stats.mean_abs, stats.max_abs))
+    return weight.detach().float(), InputStats(stats.count, *tensors)
 
 
 def without_dead_inputs(weight: Tensor, stats: InputStats, damp: float) -> tuple[Tensor, Tensor]:

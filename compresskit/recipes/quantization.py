@@ -139,7 +139,8 @@ def sentence_encoder(plan: Mapping[str, Method], *, calibration: str = "text") -
     -------
     dict with the fields of `sizes_and_errors` (in the moments of the calibration text, whatever
     the methods were given), "cosine" and "top1" of held-out paragraphs, the paragraphs' own
-    "cosines", and "seconds" of compression
+    "cosines", and "seconds" of compression: with its two passes over the text for "in order",
+    without the one that collects the moments for all others
     """
     encoder, held_out, reference, moments = _encoder()
     start = time.perf_counter()
@@ -210,7 +211,7 @@ def language_model(
     Returns
     -------
     dict with the fields of `sizes_and_errors`, "perplexity", the "losses" of the windows in nats
-    per token, "predicted" tokens, and "seconds" of compression
+    per token, "predicted" tokens, and "seconds" as in `sentence_encoder`
     """
     model, seen, held_out = _language_model(base)
     small, record = model, {}

@@ -1,11 +1,13 @@
 """Scales moved from a layer's inputs into its weights, and folded into what makes the inputs."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from compresskit.layers import is_table
 from compresskit.methods.smooth import smoothing_scale
 from compresskit.model import layers
 from compresskit.models.decoder import Decoder
@@ -46,8 +48,9 @@ def smooth(
     Raises
     ------
     ValueError : no `sources` for a model that is no `Decoder`; a name that is no layer of the
-        model (a source: no module with a weight), or has no moments; a source whose outputs are
-        not the inputs of its layers; `alpha` outside [0, 1]
+        model (a source: no module with a weight, or a table), or has no moments; a weight that
+        would be scaled twice; a source whose outputs are not the inputs of its layers; `alpha`
+        outside [0, 1]
 
     References
     ----------
@@ -56,20 +59,30 @@ def smooth(
     if sources is None:
         sources = sources_of(model)
     known = layers(model)
-    unknown = [name for readers in sources.values() for name in readers if name not in known]
+    read = [name for readers in sources.values() for name in readers]
+    unknown = [name for name in read if name not in known]
     if unknown:
         raise ValueError(f"no layer is named {unknown}; the model has {list(known)}")
-    silent = [name for readers in sources.values() for name in readers if name not in stats]
+    silent = [name for name in read if name not in stats]
     if silent:
         raise ValueError(f"no moments of {silent}; collect them with model.collect")
     weighted = [
         name
         for name, module in model.named_modules()
-        if "weight" in dict(module.named_parameters(recurse=False))
+        if "weight" in dict(module.named_parameters(recurse=False)) and not is_table(module)
     ]
     absent = [name for name in sources if name not in weighted]
     if absent:
         raise ValueError(f"no norm or dense layer is named {absent}; the model has {weighted}")
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    names = (*sources, *read)
+    twice = [name for name in names if owners[id(model.get_submodule(name).weight)] > 1]
+    twice = twice or [name for name, times in Counter(read).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"{twice} would be scaled twice; name each reader once, and give each a weight of its"
+            " own"
+        )
     model = copy.deepcopy(model)
     for name, readers in sources.items():
         source, linear = model.get_submodule(name), [model.get_submodule(r) for r in readers]
