@@ -140,7 +140,7 @@ class Scales(Basis):
         return 2 * self.scale.shape
 
     def apply(self, x: Tensor) -> Tensor:
-        return x / self.scale.decode().to(x.dtype)
+        return (x / self.scale.decode()).to(x.dtype)  # in float32: 1/s is not rounded first
 
     def into(self, weight: Tensor) -> Tensor:
         return weight * self.scale.decode()

@@ -489,7 +489,7 @@ def _look_up(index: Tensor, values: Tensor, scale: Tensor | None, block: int | N
         out = torch.empty(index.shape)
         values, scale = values.detach().numpy(), scale.detach().numpy()
         arrays = index.contiguous().reshape(-1).numpy(), values, scale
-        _scaled_look_up(*arrays, block, out.reshape(-1).numpy())
+        _scaled_look_up(*arrays, min(block, max(index.numel(), 1)), out.reshape(-1).numpy())
         return out
     else:
         out = values[index.long()]

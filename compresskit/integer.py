@@ -84,7 +84,12 @@ def quantize_tokens(x: Tensor, *, steps: float = 127.5) -> tuple[Tensor, Tensor]
     -------
     (tokens, n) int8 levels and (tokens, 1) float32 scales; a row that holds NaN or an infinity
     has a scale that is not finite
+
+    Raises
+    ------
+    ValueError : `x` is no matrix, or `steps` not above 0 and at most 127.5
     """
+    _check_tokens(x, steps)
     x = x.float()
     scale = x.abs().amax(1, keepdim=True) / steps
     return _levels(x, scale), scale
@@ -107,7 +112,12 @@ def quantize_tensor(
     Returns
     -------
     (tokens, n) int8 levels and (tokens, 1) float32 scales, equal but for rows that are not finite
+
+    Raises
+    ------
+    ValueError : as `quantize_tokens`
     """
+    _check_tokens(x, steps)
     x = x.float()
     largest = x.abs().amax(1, keepdim=True)
     if scale is None:
@@ -254,6 +264,14 @@ class Integer(Code):
         whole = integer_matmul(levels, signed.T)
         whole = whole - levels.sum(1, keepdim=True, dtype=torch.int32) * (zero.T - 128)
         return whole * scale * self.weight.scale.decode().T
+
+
+def _check_tokens(x: Tensor, steps: float) -> None:
+    if x.ndim != 2 or not (_positive(steps) and steps <= 127.5):
+        raise ValueError(
+            f"inputs of shape {tuple(x.shape)}, steps={steps!r}; give (tokens, n) inputs, and steps"
+            " above 0 and at most 127.5"
+        )
 
 
 def _levels(x: Tensor, scale: Tensor) -> Tensor:

@@ -126,8 +126,10 @@ def hadamard_order(n: int) -> int:
     >>> [hadamard_order(n) for n in (3, 13, 28, 576, 1536)]
     [4, 16, 32, 576, 1536]
     """
+    if n > 2:
+        n += -n % 4  # there are no others
     while _factored(n) is None:
-        n += 1
+        n += 4 if n > 2 else 1
     return n
 
 
@@ -178,13 +180,18 @@ def _factored(n: int) -> tuple[int, ...] | None:
     if n >= 1 and n & (n - 1) == 0:
         sixteens, rest = divmod(n.bit_length() - 1, 4)
         return ((2**rest,) if rest else ()) + (16,) * sixteens
-    small = [d for d in range(1, isqrt(max(n, 0)) + 1) if n % d == 0]
-    for order in sorted({*small, *(n // d for d in small)}):
-        if 12 <= order <= _LARGEST and order % 4 == 0 and _is_prime(order - 1):
+    for order in _paley_orders():
+        if n >= order and n % order == 0:
             rest = _factored(n // order)
             if rest is not None:
                 return (*rest, order)
     return None
+
+
+@lru_cache
+def _paley_orders() -> tuple[int, ...]:
+    """q + 1 for primes q with q mod 4 = 3, but for those that are powers of 2 as well."""
+    return tuple(order for order in range(12, _LARGEST + 1, 4) if _is_prime(order - 1))
 
 
 def _hadamard_factor(order: int, device: torch.device | None = None) -> Tensor:

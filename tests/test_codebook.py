@@ -545,11 +545,10 @@ def test_eight_bits_of_table_are_indexed_by_whole_bytes(weight):
     assert code.size_table() == {"index": weight.numel(), "values": 512}
 
 
-def test_a_block_longer_than_the_matrix_takes_no_memory_for_what_is_not_there(weight):
-    code = nf4(weight, block=10**12, double_quant=False)
-    assert torch.equal(
-        code.decode(), nf4(weight, block=weight.numel(), double_quant=False).decode()
-    )
+@pytest.mark.parametrize("block", [10**12, 2**63, 10**30])
+def test_a_block_longer_than_the_matrix_takes_no_memory_for_what_is_not_there(block, weight):
+    whole = nf4(weight, block=weight.numel(), double_quant=False)
+    assert torch.equal(nf4(weight, block=block, double_quant=False).decode(), whole.decode())
 
 
 def test_a_table_shorter_than_its_index_could_name_lives_in_a_layer(tmp_path):

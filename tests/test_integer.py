@@ -445,3 +445,10 @@ def test_autocast_coarsens_neither_integers_nor_hot_columns(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             inside = code.product(x)
         assert torch.equal(inside, code.product(x))
+
+
+@pytest.mark.parametrize("quantize", [quantize_tokens, quantize_tensor])
+def test_inputs_that_are_no_matrix_and_steps_beyond_int8_are_refused(quantize):
+    for shape, steps in (((2, 3, 4), 127), ((3, 4), 0), ((3, 4), 200)):
+        with pytest.raises(ValueError, match=r"give \(tokens, n\)"):
+            quantize(torch.ones(shape), steps=steps)

@@ -222,6 +222,8 @@ def test_half_precision_moments_are_accepted_and_autocast_makes_no_difference(na
     stats = InputStats.of(x)
     fields = {f: getattr(stats, f).bfloat16() for f in ("second", "mean_abs", "max_abs")}
     assert METHODS[name](weight, replace(stats, **fields)).shape == weight.shape
+    trained = replace(stats, second=stats.second.clone().requires_grad_())
+    assert METHODS[name](weight.clone().requires_grad_(), trained).shape == weight.shape
     layer = nn.Linear(37, 12)
     layer.weight.data = weight
     usual = compress(layer, {"": METHODS[name]}, {"": stats})

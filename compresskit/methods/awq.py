@@ -21,7 +21,7 @@ def awq(
     fit: Fit = minmax,
     scale_dtype: torch.dtype = torch.float16,
 ) -> InBasis:
-    """Q diag(1/s) with Q = round(W diag(s)), s_j = E|x_j|^a, a the best of 0, 1/grid, ..., < 1.
+    """Q diag(1/s) with Q = round(W diag(s)), s_j ~ (E|x_j|)^a, a the best of 0, 1/grid, ..., < 1.
 
     Column j errs by (step of its group) rho / s_j, with |rho| <= 1/2: a larger s_j protects it,
     until the step of its group grows with it. So the power is found by trial, and judged by the

@@ -52,7 +52,7 @@ def hadamard(
     For each row and, when the layer runs, for each token, N times the sum of the factors of the
     Hadamard matrix (12 + 16 + 2 for N = 384), beside what `method` takes.
     A matrix whose entries are Gaussian already gains nothing.
-    Chee et al., "QuIP", arXiv 2307.13304, sections 3.2 and 5 (why incoherence helps); Ashkboos et
+    Chee et al., "QuIP", arXiv 2307.13304, section 4 (why incoherence helps); Ashkboos et
     al., "QuaRot", arXiv 2404.00456 (Hadamard matrices; there V is folded into the layer before
     where it can be, as `surgery.rotate` does).
     Book: chapter "Activations and outliers".

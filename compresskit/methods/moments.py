@@ -30,7 +30,8 @@ def checked(weight: Tensor, stats: InputStats | None) -> tuple[Tensor, InputStat
         )
     if not torch.isfinite(stats.second).all():
         raise ValueError("the second moments hold NaN or infinite values; check the inputs")
-    tensors = (t.to(weight.device).float() for t in (stats.second, stats.mean_abs, stats.max_abs))
+    moments = (stats.second, stats.mean_abs, stats.max_abs)
+    tensors = (moment.detach().to(weight.device).float() for moment in moments)
     return weight.detach().float(), InputStats(stats.count, *tensors)
 
 
