@@ -398,7 +398,7 @@ def _partition(x: np.ndarray, w: np.ndarray, k: int) -> np.ndarray:
         price = guess if turn % 3 < 2 and low < guess < high else max(halfway, (low + high) / 1e9)
     spare = k - (len(few) - 1)  # the first i intervals of `many`, then those of `few`
     for i in range(len(few) - 1):
-        if few[i] <= many[i + spare] and many[i + spare + 1] <= few[i + 1]:
+        if many[i + spare + 1] <= few[i + 1]:  # and few[i] <= many[i + spare], or i - 1 had it
             return np.concatenate([many[: i + spare + 1], few[i + 1 :]])
     raise AssertionError("two shortest paths always cross")
 

@@ -590,3 +590,29 @@ def test_an_index_is_stored_whole_numbers_and_the_rest_stored_arrays():
             Codebook(wrong, table)
     with pytest.raises(ValueError, match=r"\['Array', 'Sum'\]; they must"):
         Codebook(index, table, Sum(table, table), block=1)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_table_in_blocks_is_the_weighted_optimum_for_the_scales_that_are_stored(double_quant):
+    weight = torch.randn(8, 64, generator=generator()) * torch.logspace(-2, 1, 8)[:, None]
+    code = lloyd_max(weight, bits=2, block=16, double_quant=double_quant, value_dtype=torch.float32)
+    scale = code.scale.decode().repeat_interleave(16).reshape(8, 64)
+    optimum = optimal_values(weight / scale, 4, weights=scale.double().square())
+    torch.testing.assert_close(code.values.tensor, optimum.float())
+    power = torch.rand(64, generator=generator(1)) + 0.1
+    stats = InputStats(9, power.diag(), power.sqrt(), power)
+    weighted = lloyd_max(
+        weight, stats, bits=2, block=16, double_quant=double_quant, value_dtype=torch.float32
+    )
+    importance = scale.double().square() * power.double()
+    optimum = optimal_values(weight / scale, 4, weights=importance)
+    torch.testing.assert_close(weighted.values.tensor, optimum.float())
+
+
+def test_the_starts_of_weight_sharing_are_even_levels_and_quantiles():
+    weight = torch.randn(10, 16, generator=generator()).exp()
+    options = {"bits": 2, "steps": 0, "value_dtype": torch.float32}
+    even = kmeans(weight, start="linear", **options).values.tensor
+    torch.testing.assert_close(even, torch.linspace(weight.min(), weight.max(), 4))
+    quantiles = kmeans(weight, start="density", **options).values.tensor
+    assert torch.equal(quantiles, weight.flatten().sort().values[[20, 60, 100, 140]])
