@@ -4,7 +4,7 @@ uniform grid with an entropy code. Rates in bits, distortions in the square of t
 A law is a frozen distribution of `scipy.stats`, such as `norm()` or `laplace(scale=0.1)`: what is
 used are its `pdf`, `cdf`, `sf`, `ppf`, `isf`, `mean()` and `var()`. Integrals are Gauss-Legendre
 sums over panels that end at the quantiles 10^-1, 10^-2, ... of both tails and at the median, where
-a density may have a kink.
+a density may have a kink. A density that is infinite at an end of its support is refused.
 """
 
 import math
@@ -53,7 +53,7 @@ def lloyd_max_quantizer(law, levels):
     Parameters
     ----------
     law : scipy.stats frozen distribution
-        with a density and a finite variance
+        with a bounded density and a finite variance
     levels : int
         1 to 4096
 
@@ -64,7 +64,8 @@ def lloyd_max_quantizer(law, levels):
     Raises
     ------
     ValueError
-        `levels` out of range, a variance that is not finite, or no convergence
+        `levels` out of range, a variance that is not finite, a density that is infinite at an end
+        of its support, or no convergence
 
     References
     ----------
@@ -118,7 +119,7 @@ def quantizer_distortion(law, values):
     Raises
     ------
     ValueError
-        no values, NaN or infinite ones, or a law without a finite variance
+        no values, NaN or infinite ones, or a law without a finite variance or a bounded density
 
     Examples
     --------
@@ -143,11 +144,16 @@ def bennett_integral(law, point_density, levels):
     point_density : callable
         x -> lambda(x), vectorized, with integral 1
     levels : int
-        k
+        k, at least 1
 
     Returns
     -------
     float, infinite where the integrand does not vanish far out in the tails
+
+    Raises
+    ------
+    ValueError
+        `levels` below 1, or a density that is infinite at an end of its support
 
     References
     ----------
@@ -159,6 +165,8 @@ def bennett_integral(law, point_density, levels):
     >>> round(bennett_integral(norm(), norm(scale=3**0.5).pdf, 1), 4)  # sqrt(3) pi / 2
     2.7207
     """
+    levels = float(_counts(levels))
+    _bounded(law)
     far = 10.0 ** -np.arange(50, 301, 10)  # it may fall much more slowly than the density
     x, weight = _panels(law, np.concatenate([law.ppf(far), law.isf(far)]))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -174,12 +182,14 @@ def panter_dite(law, levels):
     ----------
     law : scipy.stats frozen distribution
     levels : int or array_like
-        k
+        k, at least 1
 
     Raises
     ------
     ValueError
-        f^(1/3) is not integrable
+        `levels` below 1, a density that is infinite at an end of its support, or an f^(1/3) that
+        is not integrable or falls too slowly to be integrated to its end, as that of Student's t
+        with 3 degrees of freedom
 
     References
     ----------
@@ -191,7 +201,9 @@ def panter_dite(law, levels):
     >>> round(panter_dite(uniform(), 4) * 12 * 16, 9)
     1.0
     """
-    return result(_cube_root_mass(law) ** 3 / (12 * np.square(array(levels, "levels"))))
+    levels = _counts(levels)
+    _bounded(law)
+    return result(_cube_root_mass(law) ** 3 / (12 * np.square(levels)))
 
 
 def entropy_coded_uniform(law, step, *, shift=0.0, decode="midpoint"):
@@ -203,9 +215,9 @@ def entropy_coded_uniform(law, step, *, shift=0.0, decode="midpoint"):
     ----------
     law : scipy.stats frozen distribution
     step : float
-        above 0; at least 1/10000 of the width that holds all but 1e-15 of the law
+        finite, and above 1/10000 of the width that holds all but 2e-16 of the law
     shift : float
-        0: a level at zero; 0.5: a threshold there
+        finite; 0: a level at zero; 0.5: a threshold there
     decode : str
         "midpoint": each cell stands for its midpoint; "centroid": for its mean under the law
 
@@ -216,7 +228,8 @@ def entropy_coded_uniform(law, step, *, shift=0.0, decode="midpoint"):
     Raises
     ------
     ValueError
-        `step` out of its range, `decode` unknown, or a law without a finite variance
+        `step` or `shift` out of its range, `decode` unknown, or a law without a finite variance or
+        a bounded density
 
     References
     ----------
@@ -232,8 +245,13 @@ def entropy_coded_uniform(law, step, *, shift=0.0, decode="midpoint"):
     if decode not in ("midpoint", "centroid"):
         raise ValueError(f'decode={decode!r}; it must be "midpoint" or "centroid"')
     low, high = law.ppf(1e-16), law.isf(1e-16)
-    if not step > (high - low) / 1e4:
-        raise ValueError(f"step={step}; it must be above {(high - low) / 1e4:.3g} for this law")
+    if not (high - low) / 1e4 < step < math.inf:
+        raise ValueError(
+            f"step={step}; it must be finite and above {(high - low) / 1e4:.3g} for this law, for "
+            f"instance {law.std():.3g}"
+        )
+    if not math.isfinite(shift):
+        raise ValueError(f"shift={shift}; it must be finite, for instance 0.5")
     first, last = math.floor(low / step - shift), math.ceil(high / step - shift)
     values = (np.arange(first, last + 1) + shift) * step
     mass, moment = _moments(law, values)
@@ -243,11 +261,33 @@ def entropy_coded_uniform(law, step, *, shift=0.0, decode="midpoint"):
     return CodedQuantizer(entropy(mass / mass.sum()), _distortion(law, values) - gain)
 
 
+def _counts(levels):
+    levels = array(levels, "levels")
+    if not (np.isfinite(levels) & (levels >= 1)).all():
+        raise ValueError(f"levels={levels}; give finite numbers of at least 1, for instance 16")
+    return levels
+
+
 def _variance(law):
     variance = float(law.var())
     if not (math.isfinite(variance) and variance > 0):
-        raise ValueError(f"the law has variance {variance}; give one of finite, positive variance")
+        raise ValueError(
+            f"the law has variance {variance}; give one of finite, positive variance, such as "
+            "norm()"
+        )
+    _bounded(law)
     return variance
+
+
+def _bounded(law):
+    for end in law.support():
+        with np.errstate(all="ignore"):
+            infinite = math.isfinite(end) and not math.isfinite(law.pdf(end))
+        if infinite:
+            raise ValueError(
+                f"the density is infinite at {end}, an end of its support; give a law of bounded "
+                "density, such as norm()"
+            )
 
 
 def _edges(law):
@@ -295,7 +335,10 @@ def _cube_root_mass(law):
         for a, b in pairwise(ends)
     ]
     if max(pieces[0], pieces[-1]) > 1e-6 * sum(pieces):
-        raise ValueError("f^(1/3) is not integrable, or barely: the tails are too heavy")
+        raise ValueError(
+            "f^(1/3) is not integrable, or barely: the tails are too heavy; give a law whose tails "
+            "fall faster, such as laplace()"
+        )
     return sum(pieces)
 
 
