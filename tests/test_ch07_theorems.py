@@ -67,7 +67,7 @@ def test_cells_that_part_at_midpoints_have_the_least_error():
 
 @pytest.mark.false_variant("thm-lloyd-max")
 def test_cells_that_part_elsewhere_do_not():
-    rejects(check_threshold, lambda a, b: 0.6 * a + 0.4 * b)
+    rejects(check_threshold, lambda a, b: 0.52 * a + 0.48 * b)
     rejects(check_threshold, lambda a, b: 0.0)
 
 
@@ -118,6 +118,7 @@ def test_the_levels_do_not_exceed_the_weights_as_they_would_under_independent_no
     rejects(
         check_error_identity, lambda second, of_levels, distortion: of_levels - second - distortion
     )
+    rejects(check_error_identity, lambda second, of_levels, distortion: second - of_levels)
 
 
 @pytest.mark.theorem("thm-lloyd-max")
@@ -125,16 +126,16 @@ def test_the_levels_do_not_exceed_the_weights_as_they_would_under_independent_no
 @pytest.mark.parametrize("k", [2, 5, 16])
 def test_no_codebook_that_lloyds_iteration_finds_from_anywhere_is_better_than_the_solution(law, k):
     """Uniqueness for log-concave densities is quoted in the text; here it is tried."""
-    best = theory.lloyd_max_quantizer(law, k).distortion
     x = law.ppf((np.arange(20_000) + 0.5) / 20_000)
     p = np.full(len(x), 1 / len(x))
+    least = error(x, p, codebook.optimal_values(torch.from_numpy(x), k).numpy())
+    best = theory.lloyd_max_quantizer(law, k).distortion
+    assert best * (1 - 0.02) < least < best  # 20,000 quantiles lack some of the tail
     rng = np.random.default_rng(k)
     for _ in range(5):
         start = torch.from_numpy(rng.choice(x, k, replace=False))
         found = codebook.lloyd(torch.from_numpy(x), start, steps=3000)
-        assert error(x, p, found.numpy()) > best * (
-            1 - 0.02
-        )  # 20,000 quantiles lack some of the tail
+        assert error(x, p, found.numpy()) > least * (1 - 1e-9)  # float64 sums of 20,000 terms
 
 
 # --- Lloyd's iteration --------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_moving_levels_to_the_middle_of_their_cells_or_too_far_is_no_such_iterat
     rejects(
         check_iteration, lambda x, p, y: lloyd_step(x, p, y, lambda x, p: (x.min() + x.max()) / 2)
     )
-    rejects(check_iteration, lambda x, p, y: lloyd_step(x, p, y, share=2.5))
+    rejects(check_iteration, lambda x, p, y: lloyd_step(x, p, y, share=2.05))
 
 
 # --- exact clusters -----------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_crossing_two_intervals_never_costs_more_than_nesting_them():
 @pytest.mark.false_variant("lem-quadrangle")
 def test_it_costs_more_for_unsorted_weights_and_for_the_root_of_the_variation():
     rejects(check_quadrangle, variation, lambda x: np.random.default_rng(1).permutation(x))
-    rejects(check_quadrangle, lambda *a: -variation(*a))
+    rejects(check_quadrangle, lambda *a: variation(*a) ** 0.5)
 
 
 def least_errors(x, p):
@@ -230,16 +231,20 @@ def check_falling_returns(errors_of):
             price = (F[k - 2] - F[k]) / 2  # between the two differences around k
             total = F + price * np.arange(1, len(x) + 1)
             assert total[k - 1] <= total.min() + 1e-12
-        for k in range(1, len(x) + 1):
-            levels = codebook.optimal_values(
-                torch.from_numpy(x), k, weights=torch.from_numpy(p)
-            ).numpy()
-            assert math.isclose(error(x, p, levels), F[k - 1], rel_tol=1e-9, abs_tol=1e-12)
 
 
 @pytest.mark.theorem("thm-convex-levels")
 def test_each_level_gains_at_most_as_much_as_the_one_before_and_a_price_finds_every_number():
     check_falling_returns(least_errors)
+
+
+def test_the_package_finds_these_errors():
+    for x, p in lists():
+        for k, least in enumerate(least_errors(x, p), 1):
+            levels = codebook.optimal_values(
+                torch.from_numpy(x), k, weights=torch.from_numpy(p)
+            ).numpy()
+            assert math.isclose(error(x, p, levels), least, rel_tol=1e-9, abs_tol=1e-12)
 
 
 @pytest.mark.theorem("thm-convex-levels")
@@ -253,11 +258,16 @@ def test_no_partition_at_all_beats_the_best_cut():
 
 
 @pytest.mark.false_variant("thm-convex-levels")
-def test_the_errors_of_cuts_into_equal_counts_or_equal_widths_are_not_these():
+def test_cuts_of_an_unsorted_list_or_into_equal_counts_and_roots_have_other_returns():
+    def unsorted(x, p):
+        order = np.random.default_rng(1).permutation(len(x))
+        return least_errors(x[order], p[order])
+
     def equal_counts(x, p):
         ends = [[round(i * len(x) / k) for i in range(k + 1)] for k in range(1, len(x) + 1)]
         return np.array([sum(variation(x, p, a, b) for a, b in pairwise(e)) for e in ends])
 
+    rejects(check_falling_returns, unsorted)
     rejects(check_falling_returns, equal_counts)
     rejects(check_falling_returns, lambda x, p: np.sqrt(least_errors(x, p)))
 
@@ -301,14 +311,14 @@ def test_the_error_of_companded_cells_tends_to_bennetts_integral():
 
 
 @pytest.mark.false_variant("thm-bennett")
-def test_neither_a_first_power_of_the_density_nor_another_constant_will_do():
+def test_neither_another_power_of_the_density_nor_another_constant_will_do():
     rejects(
         check_bennett,
-        lambda f, d, a, b: integrate.quad(lambda x: f(x) / d(x), a, b)[0] / 12,
+        lambda f, d, a, b: integrate.quad(lambda x: f(x) / d(x) ** 1.9, a, b)[0] / 12,
     )
     rejects(
         check_bennett,
-        lambda f, d, a, b: integrate.quad(lambda x: f(x) / d(x) ** 2, a, b)[0] / 8,
+        lambda f, d, a, b: integrate.quad(lambda x: f(x) / d(x) ** 2, a, b)[0] / 11.9,
     )
 
 
@@ -339,8 +349,8 @@ def test_the_best_error_times_k_squared_tends_to_the_cube_of_the_integral_of_the
 
 
 @pytest.mark.false_variant("thm-panter-dite")
-def test_the_limit_is_not_that_of_even_levels_nor_of_the_square_root():
-    rejects(check_panter_dite, lambda law: cube_root_limit(law) * 1.05)
+def test_the_limit_is_not_one_percent_more_nor_that_of_the_square_root():
+    rejects(check_panter_dite, lambda law: cube_root_limit(law) * 1.01)
     rejects(check_panter_dite, square_root_limit)
 
 
@@ -468,12 +478,12 @@ def check_habit(bound):
 
 @pytest.mark.theorem("thm-space-filling")
 def test_the_distance_from_a_twelfth_of_the_squared_step_is_bounded_by_the_divergence():
-    check_habit(lambda kl: 3 * math.sqrt(2 * kl))
+    check_habit(lambda kl: 3 * math.sqrt(kl / 2))
 
 
 @pytest.mark.false_variant("thm-space-filling")
-def test_the_bound_does_not_hold_with_a_smaller_power_of_the_divergence_or_a_tenth():
-    rejects(check_habit, lambda kl: 0.3 * math.sqrt(2 * kl))
+def test_the_bound_does_not_hold_with_two_fifths_of_it_or_a_higher_power_of_the_divergence():
+    rejects(check_habit, lambda kl: 1.2 * math.sqrt(kl / 2))
     rejects(check_habit, lambda kl: 0.5 * kl)
 
 
@@ -494,9 +504,9 @@ def test_the_gap_to_the_shannon_lower_bound_tends_to_0_254_bit_for_three_laws():
 
 
 @pytest.mark.false_variant("thm-space-filling")
-def test_it_tends_neither_to_the_gap_of_lloyd_max_nor_to_a_quarter_of_a_bit():
+def test_it_tends_neither_to_the_gap_of_lloyd_max_nor_to_a_thousandth_of_a_bit_less():
     rejects(check_gap, math.log2(math.sqrt(3) * math.pi / 2) / 2)
-    rejects(check_gap, 0.25)
+    rejects(check_gap, 0.2535)
 
 
 # --- tables in blocks ---------------------------------------------------------------------------
@@ -531,9 +541,9 @@ def test_the_best_table_weighs_normalized_weights_by_the_square_of_their_scales(
 
 
 @pytest.mark.false_variant("prop-block-table")
-def test_neither_equal_importances_nor_the_scales_themselves_give_it():
+def test_neither_equal_importances_nor_a_lower_power_of_the_scales_gives_it():
     rejects(check_block_table, np.ones_like)
-    rejects(check_block_table, np.abs)
+    rejects(check_block_table, lambda s: np.abs(s) ** 1.8)
 
 
 @pytest.mark.theorem("prop-block-table")
