@@ -196,13 +196,13 @@ def test_rounding_to_nearest_pays_the_trace():
 
 
 @pytest.mark.false_variant("thm-gptq-error")
-def test_no_square_the_diagonal_or_the_wrong_triangle_are_rejected():
+def test_no_square_the_diagonal_the_first_inverse_or_the_wrong_triangle_are_rejected():
     rejects(check_loss, lambda V, e: e**2 @ np.diag(V))
     rejects(check_loss, lambda V, e: e**2 @ np.diag(V @ V.T))
     for prediction in (
-        lambda second, V: np.diag(V).sum(),
         lambda second, V: np.trace(second),
-        lambda second, V: 1 / np.diag(np.linalg.inv(second)).mean() * 10,
+        lambda second, V: (1 / np.diag(np.linalg.inv(second))).sum(),  # never down-dated
+        lambda second, V: len(V) * np.linalg.det(second) ** (1 / len(V)),  # the lower bound
         lambda second, V: (np.diag(np.linalg.cholesky(second)) ** 2).sum(),  # the reverse order
     ):
         rejects(check_expected, prediction)
@@ -225,27 +225,47 @@ def test_the_package_keeps_the_prediction_where_nothing_is_clipped():
     damped = stats.damped(0.01).double()
     loss = ((delta @ damped) * delta).sum()
     V = linalg.upper_factor(damped)
-    habit = (code.scale.decode().double() ** 2).sum() / 12
-    assert abs(loss / (habit * (V.diagonal() ** 2).sum()) - 1) < 0.03
-    assert abs(loss / (habit * V.diagonal().sum()) - 1) > 0.1
-    assert abs(loss / (habit * damped.trace()) - 1) > 0.1
+    uniform_power = (code.scale.decode().double() ** 2).sum() / 12
+    assert abs(loss / (uniform_power * (V.diagonal() ** 2).sum()) - 1) < 0.03
+    left_by_all = (1 / torch.linalg.inv(damped).diagonal()).sum()
+    for wrong in (left_by_all, damped.trace()):
+        assert abs(loss / (uniform_power * wrong) - 1) > 0.1
 
 
 @pytest.mark.theorem("prop-rounding-isotropic")
 def test_uncorrelated_inputs_of_any_size_leave_nothing_to_cancel():
-    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
-    second = torch.diag(torch.linspace(0.1, 9, 40))
-    stats = InputStats(1, second, torch.ones(40), torch.ones(40))
-    for spec in (QuantSpec(3), QuantSpec(4, group_size=16)):
-        assert torch.equal(
-            gptq(weight, stats, spec=spec).decode(), round_to_nearest(weight, spec=spec).decode()
-        )
-    rows = gptq(weight, stats, spec=QuantSpec(3), order="activation").decode()
-    assert torch.equal(rows, round_to_nearest(weight, spec=QuantSpec(3)).decode())
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 40, generator=generator)
+    # Of random sizes: rising ones would only reverse the columns, and groups would stay groups.
+    power = torch.rand(40, generator=generator) * 9 + 0.1
+    stats = InputStats(1, torch.diag(power), torch.ones(40), torch.ones(40))
+    natural = {"order": "natural"}
+    for spec, options in (
+        (QuantSpec(3), natural),
+        (QuantSpec(4, group_size=16), natural),
+        (QuantSpec(3), {"order": "activation"}),
+        (QuantSpec(4, group_size=10), {"order": "activation", "static_groups": True}),
+    ):
+        code = gptq(weight, stats, spec=spec, **options)
+        assert torch.equal(code.decode(), round_to_nearest(weight, spec=spec).decode())
     mixed = torch.from_numpy(matrix(40)).float()  # the control: correlated inputs change it
     stats = InputStats(1, mixed, torch.ones(40), torch.ones(40))
     changed = gptq(weight, stats, spec=QuantSpec(3)).decode()
     assert not torch.equal(changed, round_to_nearest(weight, spec=QuantSpec(3)).decode())
+
+
+@pytest.mark.theorem("prop-rounding-isotropic")
+def test_groups_of_reordered_columns_are_rounded_to_nearest_on_their_own_grids():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 40, generator=generator)
+    power = torch.rand(40, generator=generator) * 9 + 0.1
+    stats = InputStats(1, torch.diag(power), torch.ones(40), torch.ones(40))
+    spec = QuantSpec(4, group_size=10)
+    decoded = gptq(weight, stats, spec=spec, order="activation").decode()
+    visit = power.argsort(descending=True)
+    reordered = round_to_nearest(weight[:, visit], spec=spec).decode()
+    assert torch.equal(decoded[:, visit], reordered)
+    assert not torch.equal(decoded, round_to_nearest(weight, spec=spec).decode())
 
 
 # --- the lattice --------------------------------------------------------------------------------
