@@ -163,26 +163,35 @@ def test_an_inverse_that_is_never_down_dated_is_noticed_although_it_beats_roundi
 
 
 @pytest.mark.parametrize("order", ["natural", "activation"])
-def test_its_error_is_the_sum_of_what_later_columns_could_not_cancel(order, layer):
+def test_each_step_rounds_what_the_errors_before_it_left_to_it(order, layer):
+    """So every step that is not clipped errs by half a grid step or less, and their sum is all."""
     weight, stats = layer
     spec = QuantSpec(3)
-    delta = (weight - gptq(weight, stats, spec=spec, order=order).decode()).double()
     visit = torch.arange(48)
     if order == "activation":
         visit = stats.second.diagonal().argsort(descending=True)
     second = stats.damped(0.01).double()[visit][:, visit]
-    inverse = torch.linalg.inv(second)
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    # Step i rounded w_i - sum over j < i of (error_j / U_jj) U_ji, with error_j its own.
-    steps = torch.zeros_like(delta)
-    for i in range(48):
-        moved = (steps[:, :i] / upper.diagonal()[:i]) @ upper[:i, i]
-        steps[:, i] = delta[:, visit[i]] - moved
-    loss = (steps / upper.diagonal()).square().sum()
-    torch.testing.assert_close(
-        loss, ((delta[:, visit] @ second) * delta[:, visit]).sum(), rtol=1e-9, atol=0
-    )
-    assert (steps / upper.diagonal() ** 2).square().sum() > 1.2 * loss  # a false variant
+    upper = torch.linalg.cholesky(torch.linalg.inv(second), upper=True)
+
+    def steps_of(code):  # solved for: what step i must have erred by, if this is GPTQ's result
+        delta = (weight - code.decode()).double()[:, visit]
+        steps = torch.zeros_like(delta)
+        for i in range(48):
+            moved = (steps[:, :i] / upper.diagonal()[:i]) @ upper[:i, i]
+            steps[:, i] = delta[:, i] - moved
+        levels = code.levels.decode()[:, visit]
+        inside = (levels > 0) & (levels < 7)
+        return steps, ((steps.abs() - code.scale.decode() / 2)[inside] <= 1e-5).double().mean()
+
+    code = gptq(weight, stats, spec=spec, order=order)
+    steps, within = steps_of(code)
+    assert within == 1
+    assert steps_of(round_to_nearest(weight, spec=spec))[1] < 0.9
+    delta = (weight - code.decode()).double()[:, visit]
+    loss = ((delta @ second) * delta).sum()
+    scaled = steps / upper.diagonal()
+    torch.testing.assert_close(scaled.square().sum(), loss, rtol=1e-9, atol=0)
+    assert (scaled / upper.diagonal()).square().sum() > 1.2 * loss  # a false variant
 
 
 @pytest.mark.parametrize("order", ["natural", "activation"])
