@@ -102,7 +102,7 @@ def gptq(
     if not moving:
         grid = fitted(weight, spec)
         step, zero = (
-            t.repeat_interleave(grid.group_size, 1)[:, :columns].T[visit].expand(-1, rows)
+            t.T if t.shape[1] == 1 else t.repeat_interleave(grid.group_size, 1).T[visit]
             for t in (grid.scale, grid.zero)
         )
         _round(given, target, error, levels, feedback, step, zero, spec, block)
@@ -117,7 +117,7 @@ def gptq(
             feedback[group, group], target[group] - given[group], upper=False, unitriangular=True
         )
         grid = fitted((given[group] + absorbed).T, replace(spec, group_size=None))
-        step, zero = (t.T.expand(group.stop - start, -1) for t in (grid.scale, grid.zero))
+        step, zero = grid.scale.T, grid.zero.T
         parts = (t[group] for t in (given, target, error, levels))
         _round(*parts, feedback[group, group], step, zero, spec, block)
         grids.append(grid)
@@ -140,13 +140,15 @@ def _round(
 ) -> None:
     """Round the rows of `given` one after another; fills `error` and `levels`.
 
-    All (k, m) but for `feedback`, (k, k). `target` holds `given` and the feedback of columns that
-    were rounded before these. The formulas are those of `affine.Grid`, on few kernel launches.
+    All (k, m) but for `feedback`, (k, k), and `step` and `zero`, which may be (1, m). `target`
+    holds `given` and the feedback of columns that were rounded before these. The formulas are
+    those of `affine.Grid`, on few kernel launches.
     """
     half = spec.center % 1 if spec.symmetric else 0.0  # the zero point of a 1-bit grid
     divisor = torch.where(step > 0, step, torch.inf)  # an all-zero group has no step
     low = -zero.floor()
     high = low + (spec.levels - 1)
+    step, divisor, low, high = (t.expand_as(given) for t in (step, divisor, low, high))
     for start in range(0, len(given), block):
         stop = min(start + block, len(given))
         target[start:stop] += feedback[start:stop, :start] @ error[:start]
