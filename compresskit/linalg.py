@@ -1,4 +1,7 @@
-"""The matrices that methods share: damping, factors and spectra, and Hadamard's rotations."""
+"""The matrices that methods share: damping, factors and spectra, and Hadamard's rotations.
+
+(Over 200 lines, more than half of them statements and refusals.)
+"""
 
 from functools import lru_cache
 from math import isqrt

@@ -2,6 +2,8 @@
 
 `sentence_encoder` and `language_model` are one experiment each, a function of its settings alone.
 What they share (a model, its calibration, its reference answers) is computed once per process.
+
+(Over 200 lines: two models, and the controls that both share.)
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ A law is a frozen distribution of `scipy.stats`, such as `norm()` or `laplace(sc
 used are its `pdf`, `cdf`, `sf`, `ppf`, `isf`, `mean()` and `var()`. Integrals are Gauss-Legendre
 sums over panels that end at the quantiles 10^-1, 10^-2, ... of both tails and at the median, where
 a density may have a kink. A density that is infinite at an end of its support is refused.
+
+(Over 200 lines, more than half of them statements and refusals.)
 """
 
 import math
