@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compresskit import linalg
 from compresskit.bits import check_width
-from compresskit.code import FLOATS, Array, Bits, Code
+from compresskit.code import Array, Bits, Code, check_float
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,16 @@ class Grid:
     shape: tuple[int, int]
     scale_dtype: torch.dtype = torch.float16
 
+    def by_column(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of every column, (r, n); (r, 1) where one group is the whole row."""
+        scale, zero = (_spread(t, self.group_size, self.shape[1]) for t in (self.scale, self.zero))
+        return scale, zero
+
     def nearest(self, weight: Tensor) -> Tensor:
         """(m, n) levels of the grid points nearest to `weight`; ties go to the even level."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} on a grid for {self.shape}")
-        scale, zero = (
-            _spread(t, self.group_size, weight.shape[1]) for t in (self.scale, self.zero)
-        )
+        scale, zero = self.by_column()
         return _nearest(weight.float(), scale, zero, self.spec.levels)
 
     def code(self, levels: Tensor) -> "Quantized":
@@ -219,8 +222,7 @@ def fit_grid(
     does. It is the 2 reach / (2**bits - 1) of the GPTQ reference code, finer than the common
     reach / (2**(bits-1) - 1). Book: chapter "The uniform quantizer".
     """
-    if scale_dtype not in FLOATS.values():
-        raise ValueError(f"scale_dtype={scale_dtype}; it must be one of {list(FLOATS)}")
+    check_float("scale_dtype", scale_dtype)
     linalg.check_weight(weight)
     weight = weight.detach().float()
     rows, columns = weight.shape

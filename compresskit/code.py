@@ -253,6 +253,12 @@ class Sum(Code):
         return self.first.shape
 
 
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that an Array does not store (`ValueError`); `name` is the argument's."""
+    if dtype not in FLOATS.values():
+        raise ValueError(f"{name}={dtype}; it must be one of {list(FLOATS)}")
+
+
 def check_shape(shape) -> tuple[list[int], int]:
     """A shape read from a file and its number of elements; `ValueError` if it is not a shape."""
     whole = isinstance(shape, list | tuple) and all(type(n) is int and n >= 0 for n in shape)

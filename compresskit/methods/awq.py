@@ -5,7 +5,7 @@ from torch import Tensor
 
 from compresskit.affine import Fit, Quantized, QuantSpec, minmax
 from compresskit.basis import InBasis, Scales
-from compresskit.code import FLOATS, Array
+from compresskit.code import Array, check_float
 from compresskit.methods.moments import checked
 from compresskit.methods.round_to_nearest import round_to_nearest
 from compresskit.stats import InputStats
@@ -87,8 +87,7 @@ def awq(
             'clip=True with group_size="tensor": groups are clipped one by one, so each needs a'
             " scale of its own; give a number such as 128, or None"
         )
-    if scale_dtype not in FLOATS.values():
-        raise ValueError(f"scale_dtype={scale_dtype}; it must be one of {list(FLOATS)}")
+    check_float("scale_dtype", scale_dtype)
 
     def rounded(basis: Scales) -> InBasis:
         scaled = basis.into(weight)

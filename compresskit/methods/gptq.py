@@ -101,10 +101,7 @@ def gptq(
     moving = isinstance(spec.group_size, int) and spec.group_size < columns and not static_groups
     if not moving:
         grid = fitted(weight, spec)
-        step, zero = (
-            t.T if t.shape[1] == 1 else t.repeat_interleave(grid.group_size, 1).T[visit]
-            for t in (grid.scale, grid.zero)
-        )
+        step, zero = (t.T if t.shape[1] == 1 else t.T[visit] for t in grid.by_column())
         _round(given, target, error, levels, feedback, step, zero, spec, block)
         return grid.code(levels[visit.argsort()].T)
     grids = []

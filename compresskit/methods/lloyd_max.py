@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compresskit.code import FLOATS, Array, Bits
+from compresskit.code import Array, Bits, check_float
 from compresskit.codebook import (
     Codebook,
     block_scales,
@@ -140,8 +140,7 @@ def _fit(fit: Fit, values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _stored(table: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype not in FLOATS.values():
-        raise ValueError(f"value_dtype={dtype}; it must be one of {list(FLOATS)}")
+    check_float("value_dtype", dtype)
     rounded = table.to(dtype)
     if not (rounded - table).abs().max() <= table.abs().max() / 128:
         raise ValueError(

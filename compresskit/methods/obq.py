@@ -77,10 +77,7 @@ def obq(
 
 def _greedy(given: Tensor, grid: Grid, inverse: Tensor) -> Tensor:
     """(k, n) levels of `given`, all rows at the same time, each in its own order."""
-    step, zero = (
-        t.repeat_interleave(grid.group_size, 1)[:, : given.shape[1]].expand_as(given)
-        for t in (grid.scale, grid.zero)
-    )
+    step, zero = (t.expand_as(given) for t in grid.by_column())
     levels = torch.empty_like(given)
     free = torch.ones_like(given, dtype=torch.bool)
     row = torch.arange(len(given), device=given.device)

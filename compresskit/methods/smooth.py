@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compresskit.basis import InBasis, Scales
-from compresskit.code import FLOATS, Array, Code
+from compresskit.code import Array, Code, check_float
 from compresskit.methods.moments import checked
 from compresskit.stats import InputStats
 
@@ -56,8 +56,7 @@ def smooth(
     Book: chapter "Activations and outliers".
     """
     weight, stats = checked(weight, stats)
-    if scale_dtype not in FLOATS.values():
-        raise ValueError(f"scale_dtype={scale_dtype}; it must be one of {list(FLOATS)}")
+    check_float("scale_dtype", scale_dtype)
     scale = smoothing_scale(stats.max_abs, [weight], alpha=alpha)
     basis = Scales(Array(scale.to(scale_dtype)))
     return InBasis(method(basis.into(weight), stats.in_basis(basis)), basis)
