@@ -5,7 +5,9 @@ Whatever `numpy.asarray` takes is accepted, and torch tensors of any dtype and d
 result is a `float`, any other an array. `information` has the entropies, divergences and
 rate-distortion limits of chapter 2, in bits unless `unit="nats"`; `learning` has the terms of the
 bounds on a student's risk of chapter 4, which contain divergences in nats and nothing in bits
-except the length of a code; `quantizers` has the scalar quantizers of chapter 7.
+except the length of a code; `quantizers` has the scalar quantizers of chapter 7;
+`straight_through` compares the gradient that training for low precision makes up, in chapter 10,
+with the true one where that is known.
 """
 
 from compresskit.theory.information import (
@@ -53,6 +55,14 @@ from compresskit.theory.quantizers import (
     panter_dite,
     quantizer_distortion,
 )
+from compresskit.theory.straight_through import (
+    NoisyQuantizer,
+    Oscillation,
+    SquaredLoss,
+    noisy_quantizer,
+    oscillation,
+    straight_through_bias,
+)
 
 # The order of the reference page: as in the files.
 __all__ = [  # noqa: RUF022
@@ -95,4 +105,10 @@ __all__ = [  # noqa: RUF022
     "entropy_coded_uniform",
     "SPACE_FILLING_BITS",
     "SPACE_FILLING_DB",
+    "NoisyQuantizer",
+    "noisy_quantizer",
+    "SquaredLoss",
+    "straight_through_bias",
+    "Oscillation",
+    "oscillation",
 ]
