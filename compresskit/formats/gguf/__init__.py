@@ -1,5 +1,6 @@
 """GGUF: the files and block formats of llama.cpp and ggml."""
 
 from compresskit.formats.gguf.blocks import TYPES, Blocks
+from compresskit.formats.gguf.reader import File, GGUFError, read
 
-__all__ = ["TYPES", "Blocks"]
+__all__ = ["TYPES", "Blocks", "File", "GGUFError", "read"]
