@@ -7,6 +7,8 @@ from torch import Tensor
 WIDTHS = range(1, 17)
 _CHUNK = 1 << 16  # values per pass: the intermediate words stay in the processor's cache
 _SHIFTS = np.arange(3, -1, -1, dtype=np.uint64)  # four values share one 64-bit word
+_POWERS = np.array([81, 27, 9, 3, 1], np.uint8)
+_TRITS = (np.arange(243)[:, None] // _POWERS % 3).astype(np.uint8)  # the five digits of a byte
 
 
 def pack(values: Tensor, width: int) -> bytes:
@@ -96,6 +98,64 @@ def unpack(data: bytes, width: int, count: int) -> Tensor:
     flat = out.reshape(-1)
     if data and data[-1] & ((1 << (-count * width % 8)) - 1):
         raise ValueError("the padding after the last value holds set bits; `pack` writes zeros")
+    return torch.from_numpy(flat[:count].copy())
+
+
+def pack_trits(values: Tensor) -> bytes:
+    """The base-3 digits `values`, five to a byte, the first of five the most significant.
+
+    Parameters
+    ----------
+    values : (...,) integer tensor of 0, 1 and 2
+
+    Returns
+    -------
+    bytes, ceil(values.numel() / 5) of them, each at most 242; the last is filled up with zeros
+
+    Raises
+    ------
+    ValueError : values not integers, or one that is no trit
+
+    Examples
+    --------
+    >>> list(pack_trits(torch.tensor([2, 2, 2, 2, 2, 1])))  # 3**5 - 1, and 1 followed by 0000
+    [242, 81]
+    """
+    flat = _integers(values)
+    if flat.size and (flat.min() < 0 or flat.max() > 2):
+        raise ValueError(f"values span {flat.min()} to {flat.max()}; a trit is 0, 1 or 2")
+    fives = np.zeros((-(-flat.size // 5), 5), np.uint8)
+    fives.reshape(-1)[: flat.size] = flat
+    return (fives @ _POWERS).tobytes()
+
+
+def unpack_trits(data: bytes, count: int) -> Tensor:
+    """The inverse of `pack_trits`: the `count` trits that `data` holds.
+
+    Returns
+    -------
+    (count,) uint8 tensor
+
+    Raises
+    ------
+    ValueError : `count` below 0, a length that does not fit it, a byte above 242, or trits other
+        than 0 in the padding
+
+    Examples
+    --------
+    >>> unpack_trits(bytes([242, 81]), 6)
+    tensor([2, 2, 2, 2, 2, 1], dtype=torch.uint8)
+    """
+    if count < 0 or len(data) != -(-count // 5):
+        raise ValueError(
+            f"{len(data)} bytes given for {count} trits; n trits, n 0 or more, take ceil(n / 5)"
+        )
+    octets = np.frombuffer(data, np.uint8)
+    if octets.size and octets.max() > 242:
+        raise ValueError(f"a byte of {octets.max()}; five trits make at most 242")
+    flat = _TRITS[octets].reshape(-1)
+    if flat[count:].any():
+        raise ValueError("the padding after the last trit is not 0; `pack_trits` writes zeros")
     return torch.from_numpy(flat[:count].copy())
 
 

@@ -232,6 +232,49 @@ class Bits(Leaf):
 
 
 @dataclass(frozen=True, eq=False)
+class Trits(Leaf):
+    """Levels 0, 1 and 2, five to a byte: 3**5 = 243 of its 256 values, 1.6 bits each.
+
+    The first of five counts most (81 times its level), so bytes sort as what they stand for; the
+    last byte is filled up with zeros. In memory they lie unpacked, as uint8.
+
+    Examples
+    --------
+    >>> Trits(torch.tensor([2, 0, 1, 1, 2], dtype=torch.uint8)).to_bytes()  # 162 + 9 + 3 + 2
+    b'\xb0'
+    """
+
+    tensor: Tensor
+
+    def __post_init__(self):
+        if self.tensor.dtype != torch.uint8:
+            raise ValueError(f"Trits holds uint8, not {self.tensor.dtype}; use .to(torch.uint8)")
+        if self.tensor.numel() and not self.tensor.is_meta and self.tensor.max() > 2:
+            raise ValueError(f"a level of {self.tensor.max()}; the levels are 0, 1 and 2")
+
+    #: Bits that would hold a level by itself.
+    width = 2
+
+    def decode(self) -> Tensor:
+        return self.tensor.int()
+
+    @property
+    def nbytes(self) -> int:
+        return -(-self.tensor.numel() // 5)
+
+    def to_bytes(self) -> bytes:
+        return bits.pack_trits(self.tensor)
+
+    def header(self) -> dict:
+        return {"shape": self.tensor.shape}
+
+    @classmethod
+    def from_bytes(cls, data: bytes, header: dict) -> Trits:
+        shape, count = check_shape(header.get("shape"))
+        return cls(bits.unpack_trits(data, count).reshape(shape))
+
+
+@dataclass(frozen=True, eq=False)
 class Sum(Code):
     """first + second: a coarse code, and a code for what it left over."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from compresskit.affine import Quantized
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
-from compresskit.code import Array, Bits, Code, Leaf, Sum
+from compresskit.code import Array, Bits, Code, Leaf, Sum, Trits
 from compresskit.codebook import Codebook
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
@@ -36,7 +36,7 @@ NODES = {
     cls.__name__: cls
     for cls in (Codebook, InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sum)
 }
-LEAVES = {cls.__name__: cls for cls in (Array, Bits)}
+LEAVES = {cls.__name__: cls for cls in (Array, Bits, Trits)}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

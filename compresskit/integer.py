@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit.affine import Quantized
-from compresskit.code import Array, Bits, Code
+from compresskit.code import Array, Bits, Code, Trits
 
 INPUTS = ("token", "tensor", "static")
 MOST_TERMS = (2**31 - 1) // 128**2  # 131071 products of two int8 numbers fit into an int32
@@ -69,6 +69,40 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
             terms = slice(start, start + _FLOAT_TERMS)
             total += (a[:, terms].float() @ b[terms].float()).int()
     return total
+
+
+def ternary_product(levels: Tensor, trits: Tensor) -> Tensor:
+    """The product of integers with weights -1, 0 and 1, by additions and subtractions alone.
+
+    Output i is the sum of the inputs whose weight is 1, less the sum of those whose weight is -1.
+    A reference for what hardware could do, not a fast kernel: compare with `integer_matmul`.
+
+    Parameters
+    ----------
+    levels : (t, n) int8 tensor
+    trits : (m, n) tensor
+        of 0, 1 and 2, which stand for -1, 0 and 1, as `Trits` holds them
+
+    Returns
+    -------
+    (t, m) int32 tensor, equal to `integer_matmul(levels, (trits - 1).T)`
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, levels that are not int8, or weights that are no trits
+    """
+    if levels.dtype != torch.int8 or levels.ndim != 2 or levels.shape[1:] != trits.shape[1:]:
+        raise ValueError(
+            f"{levels.dtype} of shape {tuple(levels.shape)} for trits of shape"
+            f" {tuple(trits.shape)}; (t, n) int8 and (m, n) are needed"
+        )
+    if trits.numel() and not ((trits == 0) | (trits == 1) | (trits == 2)).all():
+        raise ValueError("the weights must be 0, 1 or 2, which stand for -1, 0 and 1")
+    out = torch.zeros(len(levels), len(trits), dtype=torch.int32, device=levels.device)
+    for i, row in enumerate(trits):
+        added, taken = levels[:, row == 2], levels[:, row == 0]
+        out[:, i] = added.sum(1, dtype=torch.int32) - taken.sum(1, dtype=torch.int32)
+    return out
 
 
 def quantize_tokens(x: Tensor, *, steps: float = 127.5) -> tuple[Tensor, Tensor]:
@@ -140,7 +174,7 @@ class Integer(Code):
     Parameters
     ----------
     weight : Code
-        Quantized, 8 bits or fewer, one scale per row or in all
+        Quantized, 8 bits or fewer (ternary and 1-bit levels too), one scale per row or in all
     inputs : str
         what shares one scale of the inputs: "token" or "tensor", computed at every call
         (dynamic), or "static", fixed in advance
@@ -175,14 +209,15 @@ class Integer(Code):
         weight = self.weight
         if not (
             isinstance(weight, Quantized)
-            and isinstance(weight.levels, Bits)
-            and isinstance(weight.zero, Bits)
-            and max(weight.levels.width, weight.zero.width) <= 8
+            and isinstance(weight.levels, Bits | Trits)
+            and weight.levels.width <= 8
+            and _whole_or_half(weight.zero)
             and weight.group_size == weight.shape[1]
         ):
             raise ValueError(
-                "an integer product needs a Quantized weight of at most 8 bits, with integer zero"
-                " points and one scale per row or in all: QuantSpec(8, symmetric=True)"
+                "an integer product needs a Quantized weight of at most 8 bits, with zero points"
+                " that are integers of at most 8 bits (or 1/2) and one scale per row or in all:"
+                " QuantSpec(8, symmetric=True)"
             )
         if weight.shape[1] > MOST_INPUTS:
             raise ValueError(
@@ -232,20 +267,46 @@ class Integer(Code):
         ------
         ValueError : another number of inputs
         """
-        m, n = self.shape
-        if not x.ndim or x.shape[-1] != n:
-            raise ValueError(f"inputs of shape {tuple(x.shape)} for {n} columns")
-        tokens = x.reshape(-1, n).float()
+        m, _ = self.shape
+        tokens = self._tokens(x)
         if self.threshold is not None:
             y = self._decomposed(tokens)
-        elif self.inputs == "token":
-            y = self._rescaled(*quantize_tokens(tokens, steps=self.steps))
         else:
-            fixed = None if self.input_scale is None else self.input_scale.decode()
-            y = self._rescaled(*quantize_tensor(tokens, fixed, steps=self.steps))
+            y = self._rescaled(*self._input_levels(tokens))
         if bias is not None:
             y = y + bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], m)
+
+    @torch.no_grad()
+    def rounded(self, x: Tensor) -> Tensor:
+        """Q(x): the inputs as `product` takes them, of the shape and dtype of `x`.
+
+        Parameters
+        ----------
+        x : (..., n) tensor
+
+        Raises
+        ------
+        ValueError : another number of inputs, or a code with a threshold, which rounds by column
+        """
+        if self.threshold is not None:
+            raise ValueError(
+                f"threshold={self.threshold}: some columns are not rounded; use threshold=None"
+            )
+        levels, scale = self._input_levels(self._tokens(x))
+        return (levels * scale).to(x.dtype).reshape(x.shape)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """The (tokens, n) inputs in `x`."""
+        if not x.ndim or x.shape[-1] != self.shape[1]:
+            raise ValueError(f"inputs of shape {tuple(x.shape)} for {self.shape[1]} columns")
+        return x.reshape(-1, self.shape[1]).float()
+
+    def _input_levels(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inputs == "token":
+            return quantize_tokens(tokens, steps=self.steps)
+        fixed = None if self.input_scale is None else self.input_scale.decode()
+        return quantize_tensor(tokens, fixed, steps=self.steps)
 
     def _decomposed(self, x: Tensor) -> Tensor:
         """Hot columns in floating point, the others in integers.
@@ -262,11 +323,18 @@ class Integer(Code):
             return y + F.linear(x[:, hot], weight.scale.decode() * columns)
 
     def _rescaled(self, levels: Tensor, scale: Tensor) -> Tensor:
-        """scale_x scale_w (sum_j p_j q_j - z sum_j p_j), the bracket in exact integers."""
+        """scale_x scale_w (sum_j p_j q_j - z sum_j p_j), the bracket in exact integers.
+
+        With a zero point of 1/2, the bracket is doubled and the result halved: both are exact.
+        """
         stored, zero = self.weight.levels.tensor, self.weight.zero.decode()
         signed = (stored ^ 128).view(torch.int8)  # flipping the top bit subtracts 128
         whole = integer_matmul(levels, signed.T)
-        whole = whole - levels.sum(1, keepdim=True, dtype=torch.int32) * (zero.T - 128)
+        sums = levels.sum(1, keepdim=True, dtype=torch.int32)
+        if zero.is_floating_point():
+            whole = (2 * (whole + 128 * sums) - (2 * zero.T).int() * sums) / 2
+        else:
+            whole = whole - sums * (zero.T - 128)
         return whole * scale * self.weight.scale.decode().T
 
 
@@ -282,6 +350,16 @@ def _levels(x: Tensor, scale: Tensor) -> Tensor:
     """round(x / scale) as int8, and 0 where the scale is 0 (or too small to have an inverse)."""
     inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0)
     return torch.round(x * inverse).nan_to_num(0).clamp(-128, 127).to(torch.int8)
+
+
+def _whole_or_half(zero: Code) -> bool:
+    """Whether a zero point is stored as integers of at most 8 bits, or is 1/2 for all."""
+    if isinstance(zero, Bits):
+        return zero.width <= 8
+    if not isinstance(zero, Array) or zero.shape != (1, 1):
+        return False
+    # A code on the meta device has no values; it was checked when it had.
+    return zero.tensor.is_meta or zero.tensor.item() == 0.5
 
 
 def _positive(value) -> bool:

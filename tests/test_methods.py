@@ -24,7 +24,9 @@ from compresskit.methods import (
     nf4,
     obq,
     round_to_nearest,
+    sign,
     smooth,
+    ternary,
 )
 from compresskit.model import compress
 from compresskit.stats import InputStats
@@ -59,6 +61,11 @@ METHODS = {
     "rotated": partial(hadamard, method=partial(round_to_nearest, spec=QuantSpec(4))),
     "rotated gptq": partial(hadamard, method=partial(gptq, spec=QuantSpec(4)), seed=1),
     "smoothed integers": partial(smooth, method=int8),
+    "one bit": partial(sign),
+    "one bit integers": partial(sign, inputs="token"),
+    "ternary": partial(ternary),
+    "ternary integers": partial(ternary, inputs="token"),
+    "ternary least squares": partial(ternary, scale="least squares"),
 }
 # What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
 REDUCES_TO = {name: name for name in METHODS}  # rounding to nearest ignores the inputs

@@ -34,6 +34,7 @@ from compresskit.recipes import (
     distillation,
     inheritance,
     language_student,
+    low_precision,
     quantization,
     sentence_student,
 )
@@ -162,6 +163,25 @@ def smollm2_rounding() -> Tasks:
     yield from grid(run, bits=[4], method=["round to nearest", order], base=["shipped"])
 
 
+def trained_through_codes() -> Tasks:
+    """Chapter 10: the byte model from random weights, in float32, ternary and as signs."""
+    choices = {"rate": [3e-3, 1e-2], "weights": low_precision.WEIGHTS}
+    for seed in range(3):
+        yield from grid(low_precision.from_scratch, seed=[seed], **choices)
+
+
+def trained_against_rounded() -> Tasks:
+    """Chapter 10: the finished byte model rounded, and trained further through the same grids."""
+    yield from grid(low_precision.rounded, method=["none"], bits=[32])
+    yield from grid(low_precision.rounded, bits=[4, 3, 2], method=quantization.ROUNDINGS)
+    yield from grid(low_precision.untrained, weights=["ternary", "sign"])
+    for seed in range(3):
+        choices = {"seed": [seed], "rate": [3e-4, 1e-3]}
+        ways = {"way": ["straight-through", "learned steps"], "bits": [4, 3, 2]}
+        yield from grid(low_precision.fine_tuned, **choices, **ways)
+        yield from grid(low_precision.fine_tuned, **choices, way=["float32"], bits=[32])
+
+
 def grid(function: Callable[..., dict], **choices: Iterable) -> Tasks:
     """One task for each combination of the choices, the last varying fastest."""
     for values in itertools.product(*choices.values()):
@@ -238,6 +258,8 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/08_int8": activations,
     "scoreboard/09_second_order": second_order,
     "09_smollm2": smollm2_rounding,
+    "10_from_scratch": trained_through_codes,
+    "10_qat": trained_against_rounded,
     "03_soft_labels": soft_labels,
     "03_temperature_grid": temperature_grid,
     "03_disguised_teachers": disguised_teachers,

@@ -16,7 +16,7 @@ from compresskit.losses.distillation import (
     topk_kl,
     topk_targets,
 )
-from compresskit.losses.straight_through import fake_quantize, scaled_gradient, straight_through
+from compresskit.losses.straight_through import fake_quantize, straight_through
 
 # The order of the reference page.
 __all__ = [  # noqa: RUF022
@@ -36,5 +36,4 @@ __all__ = [  # noqa: RUF022
     "ensemble_logits",
     "straight_through",
     "fake_quantize",
-    "scaled_gradient",
 ]

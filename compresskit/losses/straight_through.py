@@ -1,4 +1,4 @@
-"""Rounding that training can pass through: its derivative is 0 almost everywhere, so one is made up."""
+"""Rounding that gradients pass through: its own derivative is 0 almost everywhere."""
 
 import torch
 from torch import Tensor
@@ -13,17 +13,6 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return None, gradient.to(ctx.dtype)
-
-
-class _ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.factor, None
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -61,19 +50,6 @@ def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
             f" {tuple(surrogate.shape)}; they must be equal"
         )
     return _StraightThrough.apply(value, surrogate)
-
-
-def scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` itself, whose gradient arrives multiplied by `factor`.
-
-    Parameters
-    ----------
-    x : tensor
-    factor : float
-        LSQ takes 1 / sqrt(number of weights * largest level), so that steps and weights learn at
-        comparable relative speeds
-    """
-    return _ScaledGradient.apply(x, factor)
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, *, levels: int) -> Tensor:

@@ -11,7 +11,9 @@ from compresskit.methods.lloyd_max import lloyd_max
 from compresskit.methods.nf4 import nf4
 from compresskit.methods.obq import obq
 from compresskit.methods.round_to_nearest import round_to_nearest
+from compresskit.methods.sign import sign
 from compresskit.methods.smooth import smooth
+from compresskit.methods.ternary import ternary
 
 __all__ = [
     "awq",
@@ -25,5 +27,7 @@ __all__ = [
     "nf4",
     "obq",
     "round_to_nearest",
+    "sign",
     "smooth",
+    "ternary",
 ]

@@ -1,4 +1,4 @@
-"""Training: one loop, and the ways of distillation built on it, model and batches in, model out."""
+"""Training: one loop, the ways of distillation built on it, and training through a code."""
 
 from compresskit.train.distillation import IGNORED as IGNORED
 from compresskit.train.distillation import (
@@ -11,6 +11,7 @@ from compresskit.train.distillation import (
     written,
 )
 from compresskit.train.loop import Run, Shuffled, fit
+from compresskit.train.quantization_aware import converted, learned_steps, quantization_aware
 
 # The order of the reference page.
 __all__ = [  # noqa: RUF022
@@ -24,4 +25,7 @@ __all__ = [  # noqa: RUF022
     "distill_mutual",
     "distill_triple",
     "outputs",
+    "quantization_aware",
+    "learned_steps",
+    "converted",
 ]

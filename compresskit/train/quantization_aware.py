@@ -1,0 +1,265 @@
+"""Training through a code: the loss sees the compressed weights, the update moves latent ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compresskit.affine import Fit, Grid, QuantSpec, fit_grid, mse
+from compresskit.code import Code, check_float
+from compresskit.layers import as_matrix, compressed
+from compresskit.losses import fake_quantize, straight_through
+from compresskit.model import Method, layers, tables
+
+
+class Latent(nn.Module):
+    """A parametrization: the weight that training moves, and the code that computes."""
+
+    def code(self, weight: Tensor) -> Code:
+        """What the layer would be stored as, were its latent weights these.
+
+        Parameters
+        ----------
+        weight : tensor
+            latent, in the shape of the layer's weight
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its code is")
+
+
+class MethodLatent(Latent):
+    """weight -> method(weight).decode(), the gradient passed straight through to the weight.
+
+    Parameters
+    ----------
+    method : callable
+        (matrix, None) -> Code
+    """
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+
+    def code(self, weight: Tensor) -> Code:
+        return self.method(weight.detach().flatten(1), None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        value = self.code(weight).decode().reshape(weight.shape).to(weight.dtype)
+        return straight_through(value, weight)
+
+
+class LearnedStep(Latent):
+    """weight -> the nearest point of a grid whose steps are parameters too.
+
+    The parameter is the logarithm of the steps: they stay positive, and Adam, whose updates do
+    not depend on the size of a gradient, changes all of them at the same relative rate. (LSQ
+    learns the step itself and scales its gradient, which is meant for plain gradient descent and
+    has no effect on Adam.) Zero points stay as they were fitted.
+
+    Parameters
+    ----------
+    weight : (m, n) tensor
+        to which the first steps are fitted
+    spec : QuantSpec
+    fit : callable
+        how: `compresskit.affine.mse`, `minmax`, ...
+    scale_dtype : torch.dtype
+        of the stored steps; the grid computed with is the stored one
+    """
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, fit: Fit, scale_dtype: torch.dtype):
+        super().__init__()
+        grid = fit_grid(weight, spec, fit=fit, scale_dtype=scale_dtype)
+        smallest = torch.finfo(scale_dtype).tiny  # of a group of zeros
+        self.log_step = nn.Parameter(grid.scale.clamp_min(smallest).log())
+        self.register_buffer("zero", grid.zero)
+        self.spec, self.group_size, self.scale_dtype = spec, grid.group_size, scale_dtype
+
+    def grid(self, shape: tuple[int, int]) -> Grid:
+        """The grid with the present steps, rounded to their stored type.
+
+        Parameters
+        ----------
+        shape : (m, n)
+        """
+        step = self.log_step.exp()
+        stored = straight_through(step.to(self.scale_dtype).float(), step)
+        return Grid(self.spec, stored, self.zero, self.group_size, shape, self.scale_dtype)
+
+    def code(self, weight: Tensor) -> Code:
+        matrix = weight.detach().flatten(1).float()
+        grid = self.grid(tuple(matrix.shape))
+        scale, zero = (t.detach() for t in grid.by_column())
+        last = self.spec.levels - 1
+        return grid.code((matrix / scale + zero).clamp(0, last).round())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(1)
+        scale, zero = self.grid(tuple(matrix.shape)).by_column()
+        rounded = fake_quantize(matrix.float(), scale, zero, levels=self.spec.levels)
+        return rounded.reshape(weight.shape).to(weight.dtype)
+
+
+def quantization_aware(model: nn.Module, plan: Mapping[str, Method]) -> nn.Module:
+    """A copy of `model` that computes with method(weight) and trains the weights behind it.
+
+    In the forward pass a layer of the plan is what `compress` would make of it now; in the
+    backward pass the gradient of its decoded weight is handed to the latent weight unchanged. So
+    every matrix method can be trained through, and `converted` gives the model that was trained.
+    A method whose code rounds inputs as well multiplies as that code does, and the gradients are
+    those of the product of the rounded inputs and weights, passed straight through both.
+
+    Parameters
+    ----------
+    model : nn.Module
+    plan : mapping
+        layer or table name -> method, called without statistics at every step
+
+    Returns
+    -------
+    nn.Module, whose parameters "...parametrizations.weight.original" are the latent weights
+
+    Raises
+    ------
+    ValueError : a name that is no layer, or that has a parametrization already; what the method
+        refuses; a code that rounds inputs where the layer is not linear, or by a threshold
+
+    Notes
+    -----
+    The straight-through gradient is not the gradient: that is 0 almost everywhere. Book: chapter
+    "Training for low precision".
+
+    References
+    ----------
+    Jacob et al., arXiv 1712.05877, section 3; Bengio et al., arXiv 1308.3432, section 3.1.
+
+    Examples
+    --------
+    >>> from compresskit.methods import ternary
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> trained = quantization_aware(model, {"0": ternary})
+    >>> trained[0].weight.unique().numel()
+    3
+    """
+    model = copy.deepcopy(model)
+    for name, method in plan.items():
+        _register(model, name, MethodLatent(method))
+    return model
+
+
+def learned_steps(
+    model: nn.Module,
+    specs: Mapping[str, QuantSpec],
+    *,
+    fit: Fit = mse,
+    scale_dtype: torch.dtype = torch.float16,
+) -> nn.Module:
+    """A copy of `model` on uniform grids whose steps are trained with the weights (LSQ).
+
+    Parameters
+    ----------
+    model : nn.Module
+    specs : mapping
+        layer or table name -> QuantSpec
+    fit : callable
+        the range that sets the first steps
+    scale_dtype : torch.dtype
+        float16, bfloat16 or float32
+
+    Returns
+    -------
+    nn.Module, with one more parameter per layer, the logarithms of its steps
+
+    Raises
+    ------
+    ValueError : as `quantization_aware`
+
+    References
+    ----------
+    Esser et al., "Learned step size quantization", arXiv 1902.08153, section 2.
+    """
+    check_float("scale_dtype", scale_dtype)
+    model = copy.deepcopy(model)
+    found = layers(model) | tables(model)
+    for name, spec in specs.items():
+        weight = as_matrix(found[name]) if name in found else None
+        latent = None if weight is None else LearnedStep(weight, spec, fit, scale_dtype)
+        _register(model, name, latent)
+    return model
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """A copy in which every trained-through layer is the code it computed with.
+
+    Its outputs equal those of `model` bit for bit; what is stored is what post-training methods
+    store, in the same nodes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        from `quantization_aware` or `learned_steps`
+
+    Raises
+    ------
+    ValueError : no layer of it was trained through a code
+    """
+    model = copy.deepcopy(model)
+    found = {name: module for name, module in model.named_modules() if _latent(module)}
+    if not found:
+        raise ValueError(
+            "no layer of this model computes with a code; give one that quantization_aware or"
+            " learned_steps returned"
+        )
+    for name, layer in found.items():
+        code = _latent(layer).code(layer.parametrizations.weight.original)
+        mode = layer.training
+        model.set_submodule(name, compressed(layer, code).train(mode))
+    return model
+
+
+class _Rounding:
+    """The two hooks of a layer whose code rounds its inputs: the gradient's way, and the value."""
+
+    def __init__(self):
+        self.x, self.code = None, None
+
+    def before(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = inputs
+        self.x = x.detach()
+        self.code = _latent(layer).code(layer.parametrizations.weight.original)
+        return (straight_through(self.code.rounded(self.x), x),)
+
+    def after(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        bias = None if layer.bias is None else layer.bias.detach()
+        value = self.code.product(self.x, bias)
+        self.x, self.code = None, None
+        return straight_through(value, output)
+
+
+def _register(model: nn.Module, name: str, latent: Latent | None) -> None:
+    """Put `latent` between the weight of a layer and its use; refuse what cannot become a code."""
+    found = layers(model) | tables(model)
+    if name not in found:
+        raise ValueError(f"no layer named {name!r}; the layers are {', '.join(found)}")
+    layer = found[name]
+    if _latent(layer):
+        raise ValueError(f"layer {name!r} computes with a code already; give the original model")
+    code = latent.code(layer.weight)
+    compressed(layer, code)  # refuses now what `converted` could not do later
+    parametrize.register_parametrization(layer, "weight", latent)
+    if code.quantizes_inputs:
+        code.rounded(layer.weight.detach()[:1])  # refuses a code that has no rounded inputs
+        hooks = _Rounding()
+        layer.register_forward_pre_hook(hooks.before)
+        layer.register_forward_hook(hooks.after)
+
+
+def _latent(module: nn.Module) -> Latent | None:
+    """The parametrization of a layer that is trained through a code."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    kind = module.parametrizations.weight[0]
+    return kind if isinstance(kind, Latent) else None
