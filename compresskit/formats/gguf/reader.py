@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from compresskit.formats.gguf.blocks import TYPES, BlockType, Blocks
+from compresskit.formats.gguf.blocks import TYPES, Blocks, BlockType
 
 VERSIONS = (2, 3)  # 1 had 32-bit counts; 3 differs from 2 by allowing big-endian files only
 ALIGNMENT = 32  # of files that name none
@@ -38,6 +38,7 @@ NUMBERS = {
     4: np.dtype("<u4"), 5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"),
     10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
+BOOL = 7
 STRING = 8
 ARRAY = 9
 _U32 = struct.Struct("<I")
@@ -295,8 +296,8 @@ def _value(cursor: _Cursor, kind: int, key: str, *, depth: int) -> object:
         return cursor.string()
     if kind == ARRAY:
         return _array(cursor, key, depth=depth + 1)
-    value = _numbers(cursor, kind, 1, key)[0]
-    return bool(value) if kind == 7 else value
+    value = _numbers(cursor, _dtype(cursor, kind, key), 1, key)[0]
+    return bool(value) if kind == BOOL else value
 
 
 def _array(cursor: _Cursor, key: str, *, depth: int) -> object:
@@ -310,20 +311,25 @@ def _array(cursor: _Cursor, key: str, *, depth: int) -> object:
     if kind == ARRAY:
         count = cursor.count("arrays", least=4 + 8)
         return [_array(cursor, key, depth=depth + 1) for _ in range(count)]
-    count = cursor.count("numbers", least=NUMBERS[kind].itemsize if kind in NUMBERS else 1)
-    return _numbers(cursor, kind, count, key)
+    dtype = _dtype(cursor, kind, key)
+    return _numbers(cursor, dtype, cursor.count("numbers", least=dtype.itemsize), key)
 
 
-def _numbers(cursor: _Cursor, kind: int, count: int, key: str) -> np.ndarray:
-    """(count,) numbers, copied."""
-    dtype = NUMBERS.get(kind)
-    if dtype is None:
+def _dtype(cursor: _Cursor, kind: int, key: str) -> np.dtype:
+    if kind not in NUMBERS:
         raise GGUFError(
-            f"byte {cursor.at}: {_short(key)} has a value of type {kind}; the types are 0 to 12"
+            f"byte {cursor.at - 4}: {_short(key)} has a value of type {kind}; types are 0 to 12"
         )
+    return NUMBERS[kind]
+
+
+def _numbers(cursor: _Cursor, dtype: np.dtype, count: int, key: str) -> np.ndarray:
+    """(count,) numbers, copied."""
     start = cursor.take(count * dtype.itemsize, "a value")
-    if dtype == bool and count and (flags := cursor.data[start : cursor.at]) and max(flags) > 1:
-        raise GGUFError(f"byte {start}: {_short(key)} holds a bool of {max(flags)}, not 0 or 1")
+    if dtype == NUMBERS[BOOL]:
+        top = np.frombuffer(cursor.data, np.uint8, count, start).max(initial=0)
+        if top > 1:
+            raise GGUFError(f"byte {start}: {_short(key)} holds a bool of {top}, not 0 or 1")
     return np.frombuffer(cursor.data, dtype, count, start).copy()
 
 
