@@ -28,7 +28,7 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     By `torch._int_mm` where that is exact: it is tried once per device on the largest levels,
     because on x86 processors without VNNI instructions it saturates pairs of products at 16 bits
-    and says nothing. Elsewhere by float32 products of 1024 terms, whose sums are integers up to
+    and says nothing. Elsewhere, and for an inner dimension of 1, which it gets wrong, by float32 products of 1024 terms, whose sums are integers up to
     2**24 and therefore exact, added up in int32.
 
     Parameters
@@ -61,7 +61,7 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
             f"sums of {a.shape[1]} products could overflow an int32; {MOST_TERMS} fit always:"
             " split the inner dimension and add the parts in int64"
         )
-    if a.numel() and b.numel() and _native_is_exact(a.device):
+    if a.shape[1] > 1 and len(a) and b.shape[1] and _native_is_exact(a.device):
         return _native(a, b)
     total = torch.zeros(len(a), b.shape[1], dtype=torch.int32, device=a.device)
     with torch.autocast(a.device.type, enabled=False):

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from compresskit.affine import Fit, Grid, QuantSpec, fit_grid, mse
 from compresskit.code import Code, check_float
+from compresskit.integer import Integer
 from compresskit.layers import as_matrix, compressed
 from compresskit.losses import fake_quantize, straight_through
 from compresskit.model import Method, layers, tables
@@ -89,10 +90,11 @@ class LearnedStep(Latent):
         stored = straight_through(step.to(self.scale_dtype).float(), step)
         return Grid(self.spec, stored, self.zero, self.group_size, shape, self.scale_dtype)
 
+    @torch.no_grad()
     def code(self, weight: Tensor) -> Code:
-        matrix = weight.detach().flatten(1).float()
+        matrix = weight.flatten(1).float()
         grid = self.grid(tuple(matrix.shape))
-        scale, zero = (t.detach() for t in grid.by_column())
+        scale, zero = grid.by_column()
         last = self.spec.levels - 1
         return grid.code((matrix / scale + zero).clamp(0, last).round())
 
@@ -251,7 +253,12 @@ def _register(model: nn.Module, name: str, latent: Latent | None) -> None:
     compressed(layer, code)  # refuses now what `converted` could not do later
     parametrize.register_parametrization(layer, "weight", latent)
     if code.quantizes_inputs:
-        code.rounded(layer.weight.detach()[:1])  # refuses a code that has no rounded inputs
+        if not isinstance(code, Integer):
+            raise ValueError(
+                f"the {type(code).__name__} of layer {name!r} rounds inputs in another basis; only"
+                " those rounded as they come can be trained through, by int8, ternary or sign"
+            )
+        code.rounded(layer.weight.detach()[:1])  # refuses a threshold
         hooks = _Rounding()
         layer.register_forward_pre_hook(hooks.before)
         layer.register_forward_hook(hooks.after)
