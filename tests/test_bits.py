@@ -93,3 +93,40 @@ def test_set_bits_in_the_padding_are_refused():
     assert bits.unpack(b"\x10", 4, 1).tolist() == [1]
     with pytest.raises(ValueError, match="padding"):
         bits.unpack(b"\x11", 4, 1)
+
+
+# --- trits --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2), max_size=40))
+def test_trits_come_back_and_five_take_a_byte(trits):
+    data = bits.pack_trits(torch.tensor(trits, dtype=torch.uint8))
+    assert bits.unpack_trits(data, len(trits)).tolist() == trits
+    assert len(data) == -(-len(trits) // 5)
+    digits = [trits[i : i + 5] + [0] * (5 - len(trits[i : i + 5])) for i in range(0, len(trits), 5)]
+    assert list(data) == [int("".join(map(str, five)), 3) for five in digits]
+
+
+def test_every_byte_up_to_242_is_five_trits_and_no_other():
+    data = bytes(range(243))
+    assert bits.pack_trits(bits.unpack_trits(data, 5 * 243)) == data
+    with pytest.raises(ValueError, match="at most 242"):
+        bits.unpack_trits(bytes([243]), 5)
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+def test_what_is_no_trit_is_refused(value):
+    with pytest.raises(ValueError, match="a trit is 0, 1 or 2"):
+        bits.pack_trits(torch.tensor([0, value]))
+
+
+@pytest.mark.parametrize(("data", "count"), [(b"", 1), (b"\x00", 6), (b"\x00", 0), (b"", -1)])
+def test_bytes_of_another_number_of_trits_are_refused(data, count):
+    with pytest.raises(ValueError, match="take ceil"):
+        bits.unpack_trits(data, count)
+
+
+def test_trits_in_the_padding_are_refused():
+    assert bits.unpack_trits(bytes([162]), 1).tolist() == [2]
+    with pytest.raises(ValueError, match="padding"):
+        bits.unpack_trits(bytes([163]), 1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compresskit.affine import Quantized, QuantSpec
-from compresskit.code import Array, Bits, Sum, check_shape
+from compresskit.code import Array, Bits, Sum, Trits, check_shape
 from compresskit.methods import round_to_nearest
 
 
@@ -25,6 +25,8 @@ LEAVES = [
     Bits.of(torch.arange(7), 3),
     Bits.of(torch.tensor([[40000, 1]]), 16),
     Bits.of(torch.zeros(2, 0), 1),
+    Trits(torch.tensor([[2, 0, 1], [1, 2, 2]], dtype=torch.uint8)),
+    Trits(torch.zeros(0, 3, dtype=torch.uint8)),
 ]
 
 
@@ -105,6 +107,11 @@ def test_bits_refuse_what_they_cannot_hold():
         (Bits, b"1", {"width": 99, "shape": [1]}, "from 1 to 16"),
         (Bits, b"1", {"width": 4, "shape": [2**60]}, "take"),
         (Bits, b"1", {"shape": [1]}, "from 1 to 16"),
+        (Trits, b"1", {"shape": [6]}, "1 bytes given for 6 trits"),
+        (Trits, b"1", {"shape": [2**60]}, "1 bytes given"),
+        (Trits, bytes([243]), {"shape": [5]}, "at most 242"),
+        (Trits, bytes([1]), {"shape": [4]}, "padding"),
+        (Trits, b"", {}, "shape None"),
     ],
 )
 def test_bytes_and_header_that_do_not_fit_are_refused(leaf, data, header, message):

@@ -139,7 +139,9 @@ def test_signs_are_taken_of_weights_less_their_mean():
     share = (sign(weight).levels.tensor == 1).float().mean()
     assert 0.4 < share < 0.6
     assert (weight > 0).all()
-    assert sign(torch.tensor([[2.0, 2.0]])).decode().tolist() == [[-2.0, -2.0]]  # as the paper has it
+    assert sign(torch.tensor([[2.0, 2.0]])).decode().tolist() == [
+        [-2.0, -2.0]
+    ]  # as the paper has it
 
 
 @pytest.mark.parametrize("method", [ternary, partial(ternary, scale="least squares"), sign])
@@ -236,7 +238,7 @@ def test_rounded_inputs_are_those_that_the_product_multiplies():
         code, x = ternary(normal(6, 33), inputs=inputs), normal(2, 5, 33, seed=1)
         # two roundings more, of x to levels * scale and of each product
         torch.testing.assert_close(code.product(x), code.rounded(x) @ code.decode().T)
-    with pytest.raises(ValueError, match="4 for 33 columns|for 33 columns"):
+    with pytest.raises(ValueError, match="for 33 columns"):
         code.rounded(torch.ones(4))
     hot = replace(code, inputs="token", threshold=6.0)
     with pytest.raises(ValueError, match="threshold=None"):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compresskit import affine, container, layers, losses
-from compresskit.affine import QuantSpec, Quantized
+from compresskit.affine import Quantized, QuantSpec
 from compresskit.methods import gptq, int8, llm_int8, nf4, round_to_nearest, sign, smooth, ternary
 from compresskit.model import compress, decoded
 from compresskit.train import Shuffled, converted, fit, learned_steps, quantization_aware
