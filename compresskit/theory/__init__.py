@@ -7,9 +7,10 @@ rate-distortion limits of chapter 2, in bits unless `unit="nats"`; `learning` ha
 bounds on a student's risk of chapter 4, which contain divergences in nats and nothing in bits
 except the length of a code; `quantizers` has the scalar quantizers of chapter 7;
 `straight_through` compares the gradient that training for low precision makes up, in chapter 10,
-with the true one where that is known.
+with the true one where that is known; `blocks` has the error of the block formats of chapter 11.
 """
 
+from compresskit.theory.blocks import BlockError, absmax_block_error, minmax_block_error
 from compresskit.theory.information import (
     WaterFilling,
     binary_entropy,
@@ -111,4 +112,7 @@ __all__ = [  # noqa: RUF022
     "straight_through_bias",
     "Oscillation",
     "oscillation",
+    "BlockError",
+    "absmax_block_error",
+    "minmax_block_error",
 ]
