@@ -106,13 +106,13 @@ def _config(file: gguf.File) -> DecoderConfig:
         if facts.get(key) != value:
             raise ValueError(f"{key} is {facts.get(key)!r}, not {value!r}")
     config = DecoderConfig(
-        vocab=int(facts["llama.vocab_size"]),
-        width=int(facts["llama.embedding_length"]),
-        layers=int(facts["llama.block_count"]),
-        heads=int(facts["llama.attention.head_count"]),
-        kv_heads=int(facts["llama.attention.head_count_kv"]),
-        hidden=int(facts["llama.feed_forward_length"]),
-        context=int(facts["llama.context_length"]),
+        vocab=_count(facts, "llama.vocab_size"),
+        width=_count(facts, "llama.embedding_length"),
+        layers=_count(facts, "llama.block_count"),
+        heads=_count(facts, "llama.attention.head_count"),
+        kv_heads=_count(facts, "llama.attention.head_count_kv"),
+        hidden=_count(facts, "llama.feed_forward_length"),
+        context=_count(facts, "llama.context_length"),
         theta=float(facts["llama.rope.freq_base"]),
         eps=float(facts["llama.attention.layer_norm_rms_epsilon"]),
     )
@@ -122,6 +122,13 @@ def _config(file: gguf.File) -> DecoderConfig:
             f"{len(file.tensors)} tensors; a model of {config.layers} blocks has {expected}"
         )
     return config
+
+
+def _count(facts: dict[str, Any], key: str) -> int:
+    count = int(facts[key])
+    if count < 1:
+        raise ValueError(f"{key} is {count}; it must be positive")
+    return count
 
 
 def _name(name: str) -> str:

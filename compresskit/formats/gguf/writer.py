@@ -31,6 +31,7 @@ from compresskit.formats.gguf.reader import (
 MAX_NAME = 63  # bytes: ggml keeps names in 64 bytes with a zero at the end, and refuses longer ones
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NUMBER_OF = {dtype: number for number, dtype in NUMBERS.items()}
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _INTEGERS = [np.dtype(name) for name in ("int32", "int64", "uint64")]
 
 
@@ -183,7 +184,7 @@ def _scalar(value: object) -> np.generic:
                 return dtype(value)
         raise ValueError(f"{value}; whole numbers go from -2**63 to 2**64 - 1")
     if type(value) is float:
-        fits = not np.isfinite(value) or abs(value) <= np.finfo(np.float32).max
+        fits = not np.isfinite(value) or abs(value) <= _MAX_FLOAT32
         return np.float32(value) if fits else np.float64(value)
     if isinstance(value, np.generic | np.ndarray):
         return _known(np.asarray(value))[()]
