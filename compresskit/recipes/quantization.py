@@ -215,12 +215,29 @@ def language_model(
     dict with the fields of `sizes_and_errors`, "perplexity", the "losses" of the windows in nats
     per token, "predicted" tokens, and "seconds" as in `sentence_encoder`
     """
+    plan = None
+    if method != "none":
+        model, _, _ = _language_model(base)
+        plan = dict.fromkeys(layers(model), _rounding(method, bits, group))
+    return compressed_language_model(plan, base=base, calibration=calibration)
+
+
+def compressed_language_model(
+    plan: Mapping[str, Method] | None, *, base: str = "rotated", calibration: str = "text"
+) -> dict:
+    """Compress SmolLM2 by a plan: the fields that `language_model` returns.
+
+    Parameters
+    ----------
+    plan : layer name -> method; None: the model as it is
+    base : as for `language_model`
+    calibration : as for `sentence_encoder`
+    """
     model, seen, held_out = _language_model(base)
     small, record = model, {}
-    if method != "none":
+    if plan is not None:
         true = _language_moments(base, "text")
         given = None if calibration == "in order" else _language_moments(base, calibration)
-        plan = dict.fromkeys(layers(model), _rounding(method, bits, group))
         start = time.perf_counter()
         if given is None:
             small = compress_in_order(model, plan, seen, stack="blocks")
@@ -229,12 +246,26 @@ def language_model(
         seconds = time.perf_counter() - start
         record = {**sizes_and_errors(model, small, true), "seconds": round(seconds, 1)}
         small = decoded(small)
+    return record | perplexity(small, held_out)
+
+
+def perplexity(model: nn.Module, held_out: Sequence[Tensor]) -> dict:
+    """Perplexity of a language model on windows of text.
+
+    Parameters
+    ----------
+    model : ids (1, T) -> logits (1, T, vocab)
+    held_out : (1, 512) windows of token ids
+
+    Returns
+    -------
+    dict: "perplexity", the "losses" of the windows in nats per token, "predicted" tokens
+    """
     losses = [
-        measure.token_losses(small, ids[0], window=WINDOW, stride=WINDOW).double()
+        measure.token_losses(model, ids[0], window=WINDOW, stride=WINDOW).double()
         for ids in held_out
     ]
     return {
-        **record,
         "perplexity": torch.cat(losses).mean().exp().item(),
         "losses": [round(loss.mean().item(), 5) for loss in losses],
         "predicted": sum(map(len, losses)),
