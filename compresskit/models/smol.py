@@ -73,7 +73,7 @@ def smollm2(
     file = gguf.read(path)
     try:
         config = _config(file)
-        weights = {_name(name): blocks.decode() for name, blocks in file.tensors.items()}
+        weights = {name_of(name): blocks.decode() for name, blocks in file.tensors.items()}
         for name in weights:
             if name.endswith((".q.weight", ".k.weight")):
                 weights[name] = halves_first(weights[name], size=config.width // config.heads)
@@ -131,8 +131,18 @@ def _count(facts: dict[str, Any], key: str) -> int:
     return count
 
 
-def _name(name: str) -> str:
-    """The name in a `Decoder` of the file's tensor `name`."""
+def name_of(name: str) -> str:
+    """The name in a `Decoder` of the file's tensor `name`.
+
+    Parameters
+    ----------
+    name : str
+        such as "blk.0.attn_q.weight"
+
+    Raises
+    ------
+    ValueError : no part of this model
+    """
     if name in OUTSIDE:
         return OUTSIDE[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
