@@ -7,7 +7,7 @@ the same to the last bit. Where several formulas are equal in real arithmetic, t
 
 Notation of the layouts: bytes in file order; d, dmin and m are float16, little-endian. A field of
 fewer than 8 bits is never split over consecutive weights: a run of bytes holds, in its lowest
-bits, the next run of weights, in its higher bits the runs after that (`_fields`).
+bits, the next run of weights, in its higher bits the runs after that (`fields.split`).
 
 References
 ----------
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from compresskit.code import Leaf, check_shape
+from compresskit.formats.gguf.fields import split
 
 _PIECE = 1 << 15  # weights decoded at a time on a CPU: what fits into its nearer caches
 
@@ -112,7 +113,7 @@ class Blocks(Leaf):
         kind = TYPES[self.type]
         count = len(self.tensor)
         step = max(_PIECE // kind.size, 1)
-        if kind.size == 1 or count <= step or self.tensor.device.type != "cpu":
+        if count and (kind.size == 1 or count <= step or self.tensor.device.type != "cpu"):
             return kind.decode(self.tensor).reshape(self.dims)
         out = torch.empty((count, kind.size), device=self.tensor.device)
         for start in range(0, count, step):
@@ -161,20 +162,6 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     ).float()  # fmt: skip
 
 
-def _fields(stored: Tensor, width: int, run: int) -> Tensor:
-    """(blocks, n) bytes -> (blocks, 8 n / width) fields of `width` bits, as uint8.
-
-    Each `run` consecutive bytes give 8 / width runs of fields: their lowest bits, the bits above
-    those, and so on.
-    """
-    count, n = stored.shape
-    groups = stored.reshape(count, n // run, run)
-    out = torch.empty((count, n // run, 8 // width, run), dtype=torch.uint8, device=stored.device)
-    for i in range(8 // width):
-        torch.bitwise_right_shift(groups, i * width, out=out[:, :, i])
-    return out.bitwise_and_((1 << width) - 1).reshape(count, -1)
-
-
 def _f32(blocks: Tensor) -> Tensor:
     """4 bytes: an IEEE float32."""
     aligned = blocks.is_contiguous() and blocks.data_ptr() % 4 == 0
@@ -204,25 +191,25 @@ def _q4_0(blocks: Tensor) -> Tensor:
 
     w = d (q - 8).
     """
-    return _fields(blocks[:, 2:], 4, 16).float().sub_(8).mul_(_half(blocks, 0))
+    return split(blocks[:, 2:], 4, 16).float().sub_(8).mul_(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
     """20 bytes: d; m; q as in Q4_0. w = d q + m."""
-    return _fields(blocks[:, 4:], 4, 16).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return split(blocks[:, 4:], 4, 16).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
     """22 bytes: d; 4 bytes with bit 4 of q, weight i in bit i % 8 of byte i // 8; 16 bytes with
     bits 0-3 of q as in Q4_0. w = d (q - 16).
     """
-    q = _fields(blocks[:, 6:], 4, 16) | _fields(blocks[:, 2:6], 1, 1) << 4
+    q = split(blocks[:, 6:], 4, 16) | split(blocks[:, 2:6], 1, 1) << 4
     return q.float().sub_(16).mul_(_half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
     """24 bytes: d; m; q as in Q5_0. w = d q + m."""
-    q = _fields(blocks[:, 8:], 4, 16) | _fields(blocks[:, 4:8], 1, 1) << 4
+    q = split(blocks[:, 8:], 4, 16) | split(blocks[:, 4:8], 1, 1) << 4
     return q.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
@@ -240,7 +227,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
     dmin. w = (d s) q - (dmin t).
     """
     s, t = blocks[:, :16] & 15, blocks[:, :16] >> 4
-    q = _fields(blocks[:, 16:80], 2, 32)
+    q = split(blocks[:, 16:80], 2, 32)
     return _of_sub_blocks(q, _half(blocks, 80) * s.float(), _half(blocks, 82) * t.float())
 
 
@@ -251,8 +238,8 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
     w = (d (s - 32)) (q - 4).
     """
-    q = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
-    s = _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
+    q = split(blocks[:, 32:96], 2, 32) | split(blocks[:, :32], 1, 32) << 2
+    s = split(blocks[:, 96:104], 4, 8) | split(blocks[:, 104:108], 2, 4) << 4
     scale = _half(blocks, 108) * s.float().sub_(32)
     # The reference has q - 4 as an integer, so that a weight of 0 is +0 times the scale.
     return _of_sub_blocks(q.float().sub_(4), scale)
@@ -277,7 +264,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
     (`_scales_and_minima`); 128 bytes, q in 4 bits, runs of 32. w = (d s) q - (dmin t).
     """
     s, t = _scales_and_minima(blocks[:, 4:16])
-    q = _fields(blocks[:, 16:], 4, 32)
+    q = split(blocks[:, 16:], 4, 32)
     return _of_sub_blocks(q, _half(blocks, 0) * s, _half(blocks, 2) * t)
 
 
@@ -288,7 +275,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
     w = (d s) q - (dmin t).
     """
     s, t = _scales_and_minima(blocks[:, 4:16])
-    q = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
+    q = split(blocks[:, 48:], 4, 32) | split(blocks[:, 16:48], 1, 32) << 4
     return _of_sub_blocks(q, _half(blocks, 0) * s, _half(blocks, 2) * t)
 
 
@@ -298,7 +285,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
     w = (d s) (q - 32).
     """
-    q = _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
+    q = split(blocks[:, :128], 4, 64) | split(blocks[:, 128:192], 2, 32) << 4
     s = blocks[:, 192:208].view(torch.int8).float()
     return _of_sub_blocks(q.float().sub_(32), _half(blocks, 208) * s)
 
@@ -325,7 +312,7 @@ def _tq1_0(blocks: Tensor) -> Tensor:
 
 def _tq2_0(blocks: Tensor) -> Tensor:
     """66 bytes: 64 bytes, q in 2 bits, runs of 32; d. w = d (q - 1)."""
-    return _fields(blocks[:, :64], 2, 32).float().sub_(1).mul_(_half(blocks, 64))
+    return split(blocks[:, :64], 2, 32).float().sub_(1).mul_(_half(blocks, 64))
 
 
 TYPES = {
