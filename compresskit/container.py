@@ -27,6 +27,7 @@ from compresskit.affine import Quantized
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
 from compresskit.code import Array, Bits, Code, Leaf, Sum, Trits
 from compresskit.codebook import Codebook
+from compresskit.formats.gguf import Blocks
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
 from compresskit.model import compress, uncompressed
@@ -36,7 +37,7 @@ NODES = {
     cls.__name__: cls
     for cls in (Codebook, InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sum)
 }
-LEAVES = {cls.__name__: cls for cls in (Array, Bits, Trits)}
+LEAVES = {cls.__name__: cls for cls in (Array, Bits, Blocks, Trits)}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

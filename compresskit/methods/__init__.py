@@ -1,6 +1,7 @@
 """Methods that turn one weight matrix into a code: (weight, stats, *, options) -> Code."""
 
 from compresskit.methods.awq import awq
+from compresskit.methods.block_format import block_format
 from compresskit.methods.fp4 import fp4
 from compresskit.methods.gptq import gptq
 from compresskit.methods.hadamard import hadamard
@@ -17,6 +18,7 @@ from compresskit.methods.ternary import ternary
 
 __all__ = [
     "awq",
+    "block_format",
     "fp4",
     "gptq",
     "hadamard",
