@@ -168,22 +168,29 @@ def smollm2_rounding() -> Tasks:
 def trained_through_codes() -> Tasks:
     """Chapter 10: the byte model from random weights, in float32, ternary and as signs.
 
-    The rates are tried with the first seed; the best by the calibration split gets the others.
+    Rates are tried with the first seed; the best by the calibration split gets the others.
     """
-    run, weights = low_precision.from_scratch, low_precision.WEIGHTS
-    yield from grid(run, seed=[0], rate=[3e-3, 1e-2, 1e-3], weights=weights)
+    run = low_precision.from_scratch
+    yield from grid(run, seed=[0], rate=[3e-3, 1e-3], weights=low_precision.WEIGHTS)
+    for seed, (weights, rate) in itertools.product((1, 2), low_precision.SCRATCH_RATES.items()):
+        yield from grid(run, seed=[seed], rate=[rate], weights=[weights])
 
 
 def trained_against_rounded() -> Tasks:
-    """Chapter 10: the finished byte model rounded, and trained further through the same grids."""
+    """Chapter 10: the finished byte model rounded, and trained further through the same grids.
+
+    Rates as in `trained_through_codes`.
+    """
+    run = low_precision.fine_tuned
     yield from grid(low_precision.rounded, method=["none"], bits=[32])
     yield from grid(low_precision.rounded, bits=[4, 3, 2], method=quantization.ROUNDINGS)
     yield from grid(low_precision.untrained, weights=["ternary", "sign"])
-    for seed in range(3):
-        choices = {"seed": [seed], "rate": [3e-4, 1e-3]}
-        ways = {"way": ["straight-through", "learned steps"], "bits": [4, 3, 2]}
-        yield from grid(low_precision.fine_tuned, **choices, **ways)
-        yield from grid(low_precision.fine_tuned, **choices, way=["float32"], bits=[32])
+    ways = {"way": ["straight-through", "learned steps"], "bits": [4, 3, 2]}
+    yield from grid(run, seed=[0], rate=[3e-4, 1e-3], **ways)
+    yield from grid(run, seed=[0], rate=[3e-3], way=ways["way"], bits=[2])
+    yield from grid(run, seed=[0], rate=[3e-4, 1e-3], way=["float32"], bits=[32])
+    for seed, ((way, bits), rate) in itertools.product((1, 2), low_precision.TUNED_RATES.items()):
+        yield from grid(run, seed=[seed], rate=[rate], way=[way], bits=[bits])
 
 
 def gguf_types() -> Tasks:
