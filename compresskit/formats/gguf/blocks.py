@@ -26,7 +26,7 @@ from torch import Tensor
 from compresskit.code import Leaf, check_shape
 from compresskit.formats.gguf.fields import split
 
-_PIECE = 1 << 15  # weights decoded at a time on a CPU: what fits into its nearer caches
+_PIECE = 1 << 18  # weights decoded at a time on a CPU: few calls, temporaries of few megabytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from compresskit.formats.gguf.legacy import QUANTIZERS
 
 #: The type that llama.cpp takes where 256 does not divide a row.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
-_PIECE = 1 << 15  # weights at a time on a CPU: what fits into its nearer caches
+_PIECE = 1 << 18  # weights at a time on a CPU: few calls, temporaries of few megabytes
 
 
 def quantize(array: Tensor | np.ndarray, type: str, *, importance: Tensor | None = None) -> Blocks:
