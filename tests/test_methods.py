@@ -14,6 +14,7 @@ from compresskit.affine import QuantSpec
 from compresskit.code import Code
 from compresskit.methods import (
     awq,
+    block_format,
     fp4,
     gptq,
     hadamard,
@@ -61,6 +62,9 @@ METHODS = {
     "rotated": partial(hadamard, method=partial(round_to_nearest, spec=QuantSpec(4))),
     "rotated gptq": partial(hadamard, method=partial(gptq, spec=QuantSpec(4)), seed=1),
     "smoothed integers": partial(smooth, method=int8),
+    "blocks Q4_K": partial(block_format),
+    "blocks Q6_K": partial(block_format, type="Q6_K"),
+    "blocks Q5_1": partial(block_format, type="Q5_1"),
     "one bit": partial(sign),
     "one bit integers": partial(sign, inputs="token"),
     "ternary": partial(ternary),
@@ -75,15 +79,25 @@ REDUCES_TO |= {"gptq groups": "int4 groups", "gptq static groups": "int4 groups"
 REDUCES_TO |= {"awq groups": "int4 groups"}
 
 
-@pytest.fixture
-def weight():
-    return torch.randn(12, 37, generator=torch.Generator().manual_seed(0))
+# Columns of the weights: block formats take whole blocks.
+COLUMNS = dict.fromkeys(METHODS, 37) | {"blocks Q4_K": 256, "blocks Q6_K": 256, "blocks Q5_1": 64}
 
 
 @pytest.fixture
-def x():
+def columns(name):
+    return COLUMNS[name]
+
+
+@pytest.fixture
+def weight(columns):
+    return torch.randn(12, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def x(columns):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(200, 37, generator=generator) @ torch.randn(37, 37, generator=generator)
+    mixing = torch.randn(200, columns, generator=generator)
+    return mixing @ torch.randn(columns, columns, generator=generator)
 
 
 every = pytest.mark.parametrize("name", METHODS)
@@ -124,7 +138,7 @@ def test_its_size_is_the_length_of_its_bytes_and_below_float32(name, weight, x):
 
 @every
 def test_it_survives_a_file(name, weight, x, tmp_path):
-    layer = nn.Linear(37, 12)
+    layer = nn.Linear(weight.shape[1], 12)
     layer.weight.data = weight
     small = compress(layer, {"": METHODS[name]}, {"": InputStats.of(x)})
     container.save(small, tmp_path / "layer")
@@ -141,14 +155,14 @@ def test_the_batching_of_the_calibration_does_not_matter(name, weight, x):
 
 @every
 def test_the_reduction_law(name, weight):
-    isotropic = METHODS[name](weight, InputStats.isotropic(37)).decode()
+    isotropic = METHODS[name](weight, InputStats.isotropic(weight.shape[1])).decode()
     assert torch.equal(isotropic, METHODS[REDUCES_TO[name]](weight, None).decode())
 
 
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_strided_weights_are_taken_for_their_values(name, dtype, x):
-    wide = torch.randn(37, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.randn(x.shape[1], 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     strided = wide.T[::2]
     plain = strided.float().contiguous()
     stats = InputStats.of(x)
@@ -156,8 +170,8 @@ def test_half_precision_and_strided_weights_are_taken_for_their_values(name, dty
 
 
 @every
-def test_a_matrix_of_one_row_or_one_column_is_accepted(name):
-    for shape in ((1, 37), (12, 1), (1, 1)):
+def test_a_matrix_of_one_row_or_one_column_is_accepted(name, columns):
+    for shape in ((1, columns), (12, 1), (1, 1)) if columns == 37 else ((1, columns),):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert METHODS[name](weight, InputStats.isotropic(shape[1])).shape == shape
 
@@ -198,7 +212,7 @@ def test_moments_of_another_layer_are_refused_or_not_used(name, weight):
 @every
 def test_a_zero_matrix_and_zero_rows_and_columns_are_ordinary(name, weight, x):
     stats = InputStats.of(x)
-    assert not METHODS[name](torch.zeros(12, 37), stats).decode().any()
+    assert not METHODS[name](torch.zeros(weight.shape), stats).decode().any()
     weight[2], weight[:, 7] = 0, 0
     error = weight - METHODS[name](weight, stats).decode()
     assert error.square().sum() < weight.square().sum()
@@ -211,7 +225,7 @@ def test_inputs_that_are_always_zero_do_no_harm(name, weight, x):
     decoded = METHODS[name](weight, stats).decode()
     assert torch.isfinite(decoded).all()
     assert stats.distortion(weight - decoded) < stats.distortion(weight)
-    nothing = InputStats.of(torch.zeros(9, 37))
+    nothing = InputStats.of(torch.zeros(9, x.shape[1]))
     assert torch.isfinite(METHODS[name](weight, nothing).decode()).all()
 
 
@@ -231,7 +245,7 @@ def test_half_precision_moments_are_accepted_and_autocast_makes_no_difference(na
     assert METHODS[name](weight, replace(stats, **fields)).shape == weight.shape
     trained = replace(stats, second=stats.second.clone().requires_grad_())
     assert METHODS[name](weight.clone().requires_grad_(), trained).shape == weight.shape
-    layer = nn.Linear(37, 12)
+    layer = nn.Linear(weight.shape[1], 12)
     layer.weight.data = weight
     usual = compress(layer, {"": METHODS[name]}, {"": stats})
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,7 +256,7 @@ def test_half_precision_moments_are_accepted_and_autocast_makes_no_difference(na
 @every
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_it_gives_the_same_code_there(name, weight, x, tmp_path):
-    layer = nn.Linear(37, 12)
+    layer = nn.Linear(weight.shape[1], 12)
     layer.weight.data = weight
     plan, stats = {"": METHODS[name]}, {"": InputStats.of(x)}
     usual, there = (compress(model, plan, stats) for model in (layer, copy.deepcopy(layer).cuda()))
