@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compresskit.formats.gguf.blocks import TYPES
+from compresskit.formats.gguf.quantizers import FALLBACK
 
 #: What "general.file_type" calls a file by the type that most of its tensors have.
 FILE_TYPES = {
@@ -84,5 +85,5 @@ def _quantized(name: str, shape: tuple[int, ...]) -> bool:
 
 def _type(shape: tuple[int, ...], wanted: str) -> str:
     """`wanted`, or the first of llama.cpp's fallbacks whose blocks divide a row."""
-    fallback = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}[wanted]
-    return next(type for type in (wanted, fallback, "F16") if shape[-1] % TYPES[type].size == 0)
+    choices = (wanted, FALLBACK[wanted], "F16")
+    return next(type for type in choices if shape[-1] % TYPES[type].size == 0)
