@@ -109,7 +109,7 @@ class Blocks(Leaf):
         return self.dims
 
     def decode(self) -> Tensor:
-        """(*dims) float32 tensor; of F32 it shares the memory of the blocks."""
+        """A float32 tensor of shape `dims`; of F32 it shares the memory of the blocks."""
         kind = TYPES[self.type]
         count = len(self.tensor)
         step = max(_PIECE // kind.size, 1)
