@@ -17,7 +17,12 @@ RAISES = re.compile(r"(\w+) : (.+)")
 
 
 def public_names(module):
-    """Functions and classes defined in `module` whose names have no leading underscore."""
+    """What the module lists in `__all__`, else what it defines without a leading underscore.
+
+    A package lists what its files define, and chooses an order.
+    """
+    if hasattr(module, "__all__"):
+        return [name for name in module.__all__ if callable(getattr(module, name))]
 
     def line(item):
         return inspect.getsourcelines(inspect.unwrap(item[1]))[1]
@@ -29,8 +34,6 @@ def public_names(module):
         and (inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value)))
         and getattr(value, "__module__", None) == module.__name__
     ]
-    if not own:  # a package that only gathers what its files define says so in this list
-        return [name for name in module.__all__ if callable(getattr(module, name))]
     return [name for name, _ in sorted(own, key=line)]
 
 
