@@ -1,4 +1,4 @@
-"""Ten thousand damaged GGUF files and more: each is read or refused, and nothing else happens."""
+"""Twenty thousand damaged GGUF files: each is read or refused, and nothing else happens."""
 
 import struct
 import time
@@ -144,11 +144,11 @@ def test_twenty_thousand_damaged_files_are_read_or_refused(original):
     total = Counter({o: sum(n for (_, p), n in counts.items() if p == o) for _, o in counts})
     assert total["read"] + total["refused"] == 20_000
     assert min(total.values()) > 2_000, counts
-    assert counts["weights", "read"] == counts["weights", "read"] + counts["weights", "refused"]
+    assert counts["weights", "refused"] == 0  # any bytes are weights
     for how in (flip, scramble, special, nudge, truncate, cut, insert, repeat, swap):
         assert counts[how.__name__, "refused"] > 200, counts
-    assert time.process_time() - begin < 60  # measured: 20 s of processor time
-    assert longest < 1  # measured: 0.03 s
+    assert time.process_time() - begin < 60  # measured: 12 s of processor time
+    assert longest < 1  # measured: 0.007 s
 
 
 def test_a_thousand_damaged_files_are_read_or_refused_from_disk(original, tmp_path):
