@@ -6,10 +6,13 @@ them are chosen together:
 
 1. without the constraint on scales, each sub-block starts from several steps and alternates between
    rounding and the weighted least squares fit of scale and minimum; each keeps its best;
-2. for several d and dmin, each sub-block takes the s_j next to its best scale and, for each, the
-   t_j that is best for the q that follow; then d and dmin are fitted to those integers, by least
-   squares over the whole super-block, and so on;
+2. for several d and dmin, each sub-block tries the s_j around its best scale and, for each, the t_j
+   that is best for the q that follow; then d and dmin are fitted to those integers, by least
+   squares over the whole super-block, and the s_j and t_j are chosen once more;
 3. what is kept is the candidate with the least error as a decoder will see it.
+
+The error as a function of one scale has a minimum wherever the roundings change, so stage 2 must
+look around: of equal work, more s_j for few d are better than more d.
 
 Every step that compares errors of the second stage does so after rounding all that the file rounds.
 The loops are in `search`.
@@ -38,19 +41,23 @@ class _Format:
     run: int  # weights of a sub-block
     bounds: tuple[int, int, int, int]  # of q, of s
     shifted: bool  # whether there are minima
+    reach: int  # how far from the scale of stage 1 s is tried
     starts: np.ndarray  # (k, 2): the range of a start, its lower end, in those of the weights
     divisors: np.ndarray  # (k, 2): d is the largest scale over this, dmin the largest minimum
 
 
-_RANGES = [(r, p * (1 - r)) for r in (1.0, 0.95, 0.9, 0.85, 0.8) for p in (0, 0.5, 1)][2:]
-_PAIRS = [(63, 63), (60, 61), (61, 58), (57, 60), (58, 55), (54, 57), (51, 52), (47, 48)]
-_SIGNED = [(sign * r, 0) for r in (1.0, 0.97, 0.94, 0.91, 0.88) for sign in (1, -1)]
+_RANGES = [(1.0, 0.0)] + [
+    (1 - 0.03 * i, 0.03 * i * p) for i in range(1, 7) for p in (0.0, 0.5, 1.0)
+]
+_PAIRS = [(63, 63), (60, 61), (61, 58), (57, 60)]
+_SIGNED = [(sign * r, 0) for r in (1.0, 0.94) for sign in (1, -1)]
+_SINGLE = [(127, 1), (122, 1), (117, 1)]
 K_QUANTS = {
-    name: _Format(*fields, np.array(starts, np.float32), np.array(divisors, np.float32))
-    for name, fields, starts, divisors in (
-        ("Q4_K", (32, (0, 15, 0, 63), True), _RANGES, _PAIRS),
-        ("Q5_K", (32, (0, 31, 0, 63), True), _RANGES, _PAIRS),
-        ("Q6_K", (16, (-32, 31, -128, 127), False), _SIGNED, [(127 - 4 * i, 1) for i in range(8)]),
+    name: _Format(*fields, *(np.array(candidates, np.float32) for candidates in tried))
+    for name, fields, tried in (
+        ("Q4_K", (32, (0, 15, 0, 63), True, 3), (_RANGES, _PAIRS)),
+        ("Q5_K", (32, (0, 31, 0, 63), True, 3), (_RANGES, _PAIRS)),
+        ("Q6_K", (16, (-32, 31, -128, 127), False, 8), (_SIGNED, _SINGLE)),
     )
 }
 
@@ -102,7 +109,7 @@ def _found(form: _Format, x: np.ndarray, w: np.ndarray, count: int) -> tuple[Ten
     low, high, least, most = (np.float32(bound) for bound in form.bounds)
     free = free_fit(x, w, high - low, low, high, form.shifted, form.starts)
     half, integers = stored_fit(
-        x, w, count, low, high, least, most, form.shifted, free, form.divisors
+        x, w, count, low, high, least, most, form.shifted, free, form.divisors, form.reach
     )
     d, m = np.tile(half.T, len(integers[0]) // count)
     nearest = levels(x, d * integers[0], -(m * integers[1]), low, high)

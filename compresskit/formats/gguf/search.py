@@ -96,15 +96,14 @@ def free_fit(x, w, steps, low, high, shifted, starts):
                 if shifted and determinant > zero:
                     height = (sum_qq[lane] * sum_x[lane] - sum_q[lane] * sum_xq[lane]) / determinant
                     if height < zero:
-                        slope = (
-                            sum_w[lane] * sum_xq[lane] - sum_x[lane] * sum_q[lane]
-                        ) / determinant
+                        slope = sum_w[lane] * sum_xq[lane] - sum_x[lane] * sum_q[lane]
+                        slope /= determinant
                 scale[lane], offset[lane] = slope, min(height, zero)
     return found
 
 
 @numba.njit(nogil=True, cache=True)
-def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors):
+def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors, reach):
     """The best of all candidates that can be stored.
 
     Parameters
@@ -120,6 +119,8 @@ def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors):
         of `free_fit`
     divisors : (k, 2) array
         candidates: d is the largest scale over the first, dmin the largest minimum over the second
+    reach : int
+        how far from the free scale s is tried
 
     Returns
     -------
@@ -148,14 +149,14 @@ def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors):
     integers, now = np.zeros((2, lanes), np.float32), np.zeros((count, 2), np.float32)
     for pair in divisors:
         for b in range(count):
-            now[b, 0] = _least_half(largest[0, b] / pair[0])
-            now[b, 1] = _least_half(largest[1, b] / pair[1])
+            now[b, 0] = _unit(largest[0, b], pair[0], most)
+            now[b, 1] = _unit(largest[1, b], pair[1], most)
         for _ in range(2):
             for j in range(subs):
                 for b in range(count):
                     d[j * count + b], m[j * count + b] = now[b, 0], now[b, 1]
             chosen[0] = infinite
-            for beside in range(-1, 2):
+            for beside in range(-reach, reach + 1):
                 for lane in range(lanes):
                     s[lane] = np.rint(free[0, lane] * _inverse(d[lane])) + np.float32(beside)
                     s[lane] = min(max(s[lane], least), most)
@@ -165,11 +166,8 @@ def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors):
                     _round_all(x, w, scale, offset, low, high, inverse, sums)
                     for lane in range(lanes):
                         if error[lane] < chosen[0, lane]:
-                            chosen[0, lane], chosen[1, lane], chosen[2, lane] = (
-                                error[lane],
-                                s[lane],
-                                t[lane],
-                            )
+                            chosen[0, lane] = error[lane]
+                            chosen[1, lane], chosen[2, lane] = s[lane], t[lane]
                             chosen[3, lane], chosen[4, lane] = sum_q[lane], sum_qq[lane]
                             chosen[5, lane] = sum_xq[lane]
                         height = (scale[lane] * sum_q[lane] - sum_x[lane]) / sum_w[lane]
@@ -191,7 +189,7 @@ def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors):
 
 @numba.njit(nogil=True, cache=True)
 def levels(x, scale, offset, low, high):
-    """(subs, b, run) q - low: each weight's nearest level, as `_round_all` has it."""
+    """(lanes, run) q - low: each weight's nearest level, as `_round_all` has it."""
     run, lanes = x.shape
     nearest = np.empty((lanes, run), np.uint8)
     for lane in range(lanes):
@@ -231,6 +229,11 @@ def _half(value):
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_half(value):
-    """The same, but not 0 for what is not 0: its multiples may still be of use."""
-    return max(_half(value), np.float32(2.0**-24)) if value > 0 else np.float32(0)
+def _unit(largest, divisor, most):
+    """The float16 nearest to largest / divisor, or the one above if `most` of it fall short.
+
+    They do so only for subnormal numbers, which are far apart.
+    """
+    unit = _half(largest / divisor)
+    short = unit * most < largest * np.float32(1 - 2.0**-9)
+    return unit + np.float32(2.0**-24) if short else unit
