@@ -240,7 +240,7 @@ class Trits(Leaf):
 
     Examples
     --------
-    >>> Trits(torch.tensor([2, 0, 1, 1, 2], dtype=torch.uint8)).to_bytes()  # 162 + 9 + 3 + 2
+    >>> Trits.of(torch.tensor([2, 0, 1, 1, 2])).to_bytes()  # 162 + 9 + 3 + 2
     b'\xb0'
     """
 
@@ -248,12 +248,19 @@ class Trits(Leaf):
 
     def __post_init__(self):
         if self.tensor.dtype != torch.uint8:
-            raise ValueError(f"Trits holds uint8, not {self.tensor.dtype}; use .to(torch.uint8)")
-        if self.tensor.numel() and not self.tensor.is_meta and self.tensor.max() > 2:
-            raise ValueError(f"a level of {self.tensor.max()}; the levels are 0, 1 and 2")
+            raise ValueError(f"Trits holds uint8, not {self.tensor.dtype}; use Trits.of(values)")
 
     #: Bits that would hold a level by itself.
     width = 2
+
+    @classmethod
+    def of(cls, values: Tensor) -> Trits:
+        """Levels 0, 1 and 2, of any dtype, as a leaf; `ValueError` if one is something else."""
+        if not ((values == 0) | (values == 1) | (values == 2)).all():
+            raise ValueError(
+                f"values span {values.min():g} to {values.max():g}; the levels are 0, 1 and 2"
+            )
+        return cls(values.to(torch.uint8))
 
     def decode(self) -> Tensor:
         return self.tensor.int()

@@ -28,8 +28,9 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     By `torch._int_mm` where that is exact: it is tried once per device on the largest levels,
     because on x86 processors without VNNI instructions it saturates pairs of products at 16 bits
-    and says nothing. Elsewhere, and for an inner dimension of 1, which it gets wrong, by float32 products of 1024 terms, whose sums are integers up to
-    2**24 and therefore exact, added up in int32.
+    and says nothing. Elsewhere, and for an inner dimension of 1, which it gets wrong, by float32
+    products of 1024 terms, whose sums are integers up to 2**24 and therefore exact, added up in
+    int32.
 
     Parameters
     ----------
@@ -211,13 +212,13 @@ class Integer(Code):
             isinstance(weight, Quantized)
             and isinstance(weight.levels, Bits | Trits)
             and weight.levels.width <= 8
-            and _whole_or_half(weight.zero)
+            and _whole_or_half(weight.zero, weight.levels.width)
             and weight.group_size == weight.shape[1]
         ):
             raise ValueError(
                 "an integer product needs a Quantized weight of at most 8 bits, with zero points"
-                " that are integers of at most 8 bits (or 1/2) and one scale per row or in all:"
-                " QuantSpec(8, symmetric=True)"
+                " that are integers of at most 8 bits (or 1/2, of 1-bit levels) and one scale per"
+                " row or in all: QuantSpec(8, symmetric=True)"
             )
         if weight.shape[1] > MOST_INPUTS:
             raise ValueError(
@@ -352,14 +353,14 @@ def _levels(x: Tensor, scale: Tensor) -> Tensor:
     return torch.round(x * inverse).nan_to_num(0).clamp(-128, 127).to(torch.int8)
 
 
-def _whole_or_half(zero: Code) -> bool:
-    """Whether a zero point is stored as integers of at most 8 bits, or is 1/2 for all."""
+def _whole_or_half(zero: Code, width: int) -> bool:
+    """Whether a zero point is stored as integers of at most 8 bits, or is 1/2 of 1-bit levels."""
     if isinstance(zero, Bits):
         return zero.width <= 8
-    if not isinstance(zero, Array) or zero.shape != (1, 1):
+    if not isinstance(zero, Array) or zero.shape != (1, 1) or width > 1:
         return False
-    # A code on the meta device has no values; it was checked when it had.
-    return zero.tensor.is_meta or zero.tensor.item() == 0.5
+    # Looked at where that is free: on its way to another device it was looked at before.
+    return zero.tensor.device.type != "cpu" or zero.tensor.item() == 0.5
 
 
 def _positive(value) -> bool:

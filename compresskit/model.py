@@ -60,7 +60,7 @@ def collect(
     ValueError : an unknown name; no batch; a layer that no batch reached
     """
     known = layers(model)
-    watched = _named(model, known, known if names is None else names)
+    watched = named(model, known, known if names is None else names)
     stats: dict[str, InputStats] = {}
     pending: dict[str, list[Tensor]] = {name: [] for name in watched}
 
@@ -113,14 +113,14 @@ def compress(
     ValueError : a name that is no layer of the model (those that exist are listed), or whose
         weight another module shares
     """
-    _named(model, layers(model) | tables(model), plan)
+    named(model, layers(model) | tables(model), plan)
     model = copy.deepcopy(model)
     for name, method in plan.items():
         layer = model.get_submodule(name)
         weight = as_matrix(layer)
         with torch.autocast(weight.device.type, enabled=False):  # methods say what they round
             code = method(weight, None if stats is None else stats.get(name))
-        model = _replaced(model, name, compressed(layer, code))
+        model = replaced(model, name, compressed(layer, code))
     return model
 
 
@@ -162,7 +162,7 @@ def compress_in_order(
     Two passes over the calibration text where `collect` takes one; the inputs of one block are
     held in memory. So the GPTQ reference code calibrates (Frantar et al., arXiv 2210.17323).
     """
-    _named(model, layers(model), plan)
+    named(model, layers(model), plan)
     stacks = [name for name, m in model.named_modules() if type(m) is nn.ModuleList and len(m)]
     if stack not in stacks:
         raise ValueError(f"no stack {stack!r}; this model has {', '.join(stacks) or 'none'}")
@@ -238,7 +238,7 @@ def decoded(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Compressed) and not module.code.quantizes_inputs:
-            model = _replaced(model, name, module.restored())
+            model = replaced(model, name, module.restored())
     return model
 
 
@@ -344,18 +344,38 @@ def uncompressed(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """`model` with `module` at `name`; the empty name is the model itself."""
+def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """`model` with `module` at `name`; the empty name is the model itself.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    name : str
+    module : nn.Module
+    """
     if not name:
         return module
     model.set_submodule(name, module)
     return model
 
 
-def _named(
+def named(
     model: nn.Module, known: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """Those of `known` that are named; `ValueError` for an unknown name, or a shared weight."""
+    """Those of `known` that are named.
+
+    Parameters
+    ----------
+    model : nn.Module
+    known : mapping
+        name -> layer or table of `model`
+    names : iterable of str
+
+    Raises
+    ------
+    ValueError : a name that is not among `known`, or whose weight is shared or computed
+    """
     wanted = list(names)
     unknown = [name for name in wanted if name not in known]
     if unknown:

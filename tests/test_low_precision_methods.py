@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 
 from compresskit.affine import Quantized
 from compresskit.code import Array, Bits, Sum, Trits
-from compresskit.integer import integer_matmul, quantize_tokens, ternary_product
+from compresskit.integer import (
+    MOST_INPUTS,
+    Integer,
+    integer_matmul,
+    quantize_tokens,
+    ternary_product,
+)
 from compresskit.methods import sign, ternary
 
 DATA = Path(__file__).parent / "data"
@@ -162,7 +168,9 @@ def test_sizes_are_those_of_five_trits_and_eight_signs_in_a_byte():
         (lambda: sign(torch.ones(2, 2), inputs="static"), "it must be"),
         (lambda: ternary(torch.ones(4)), "non-empty matrix"),
         (lambda: sign(torch.full((2, 2), torch.nan)), "NaN"),
-        (lambda: Trits(torch.tensor([3], dtype=torch.uint8)), "levels are 0, 1 and 2"),
+        (lambda: Trits.of(torch.tensor([3])), "levels are 0, 1 and 2"),
+        (lambda: Trits.of(torch.tensor([0.5])), "levels are 0, 1 and 2"),
+        (lambda: Trits.of(torch.tensor([torch.nan])), "levels are 0, 1 and 2"),
         (lambda: Trits(torch.tensor([1])), "holds uint8"),
     ],
 )
@@ -231,6 +239,21 @@ def test_zero_points_that_are_formulas_or_differ_by_row_are_refused():
         weight = Quantized(code.weight.levels, scale, zero, 4)
         with pytest.raises(ValueError, match="or 1/2"):
             replace(code, weight=weight)
+
+
+def test_half_a_zero_point_is_for_one_bit_only():
+    levels = Bits.of(torch.full((1, 4), 255), 8)
+    half = Array(torch.full((1, 1), 0.5))
+    with pytest.raises(ValueError, match="of 1-bit levels"):
+        Integer(Quantized(levels, Array(torch.ones(1, 1)), half, 4))
+
+
+def test_as_many_inputs_as_fit_are_exact_with_half_a_zero_point():
+    code = sign(torch.tensor([1.0, -1.0]).repeat(1, MOST_INPUTS // 2), inputs="token")
+    x = torch.ones(1, MOST_INPUTS // 2 * 2)
+    assert code.product(x).item() == 0
+    x[0, 1::2] = -1
+    assert code.product(x).item() == pytest.approx(x.numel(), rel=1e-6)
 
 
 def test_rounded_inputs_are_those_that_the_product_multiplies():

@@ -37,6 +37,11 @@ def trained(model, steps=4):
     return model.eval()
 
 
+def tied():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
 PLANS = {
     "4 bits in groups": partial(round_to_nearest, spec=FOUR),
     "3 bits, least squares": partial(round_to_nearest, spec=QuantSpec(3), fit=affine.mse),
@@ -101,8 +106,36 @@ def test_learned_steps_start_at_the_fitted_grid():
     start = learned_steps(model, {"3": spec})[3].parametrizations.weight[0]
     fitted = round_to_nearest(model[3].weight, spec=spec, fit=affine.mse)
     code = start.code(model[3].weight)
-    torch.testing.assert_close(code.scale.decode(), fitted.scale.decode(), rtol=1e-3, atol=0)
-    assert torch.equal(code.zero.decode(), fitted.zero.decode())
+    assert torch.equal(code.decode(), fitted.decode())  # exp(log s) is s, once both are halves
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_steps_below_the_smallest_normal_half_are_kept(symmetric):
+    model, spec = net(), QuantSpec(4, symmetric=symmetric, group_size=16)
+    model[3].weight.data *= 2.0**-12  # steps of about 5e-6
+    found = converted(learned_steps(model, {"3": spec}))[3].code
+    fitted = round_to_nearest(model[3].weight, spec=spec, fit=affine.mse)
+    assert torch.equal(found.decode(), fitted.decode())
+
+
+def test_a_model_that_is_one_layer_is_converted_too():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    aware = quantization_aware(nn.Linear(8, 4), {"": ternary})
+    assert torch.equal(converted(aware)(x), aware(x))
+
+
+def test_inputs_by_keyword_are_rounded_too():
+    aware = quantization_aware(nn.Linear(8, 4), {"": int8})
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(aware(input=x), aware(x))
+
+
+def test_half_precision_training_sees_the_same_code():
+    aware, (x, _) = quantization_aware(net(), {"3": ternary}), batch()
+    usual = aware[3].weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(aware[3].weight, usual)
+        assert aware(x).isfinite().all()
 
 
 def test_learned_steps_are_learned_and_stay_positive():
@@ -245,16 +278,25 @@ def test_mode_is_kept():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: quantization_aware(net(), {"7": ternary}), "the layers are 0, 3, 5"),
-        (lambda: learned_steps(net(), {"1": FOUR}), "the layers are 0, 3, 5"),
+        (lambda: quantization_aware(net(), {"7": ternary}), "the model has"),
+        (lambda: learned_steps(net(), {"1": FOUR}), "the model has"),
         (
             lambda: learned_steps(quantization_aware(net(), {"3": ternary}), {"3": FOUR}),
-            "computes with a code already",
+            "computed from other parameters",
         ),
         (lambda: quantization_aware(net(), {"0": int8}), "only nn.Linear"),
         (lambda: quantization_aware(net(), {"3": llm_int8}), "threshold=None"),
         (lambda: quantization_aware(net(), {"3": partial(smooth, method=int8)}), "another basis"),
         (lambda: converted(net()), "no layer of this model"),
+        (lambda: quantization_aware(tied(), {"0": ternary}), "is tied"),
+        (lambda: learned_steps(tied(), {"0": FOUR}), "is tied"),
+        (
+            lambda: quantization_aware(
+                nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+                {"0": ternary},
+            ),
+            "computed from other parameters",
+        ),
         (lambda: learned_steps(net(), {"3": FOUR}, scale_dtype=torch.int8), "scale_dtype"),
     ],
 )

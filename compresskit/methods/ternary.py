@@ -46,8 +46,8 @@ def ternary(
     Notes
     -----
     O(m n) time, and a sort for "least squares". Made for weights that are trained with it (see
-    `compresskit.train.quantization_aware`): applied afterwards it leaves almost half of a Gaussian
-    matrix's norm as error. The scale is a float32; the paper's least value of it, 1e-5, is left
+    `compresskit.train.quantization_aware`): applied afterwards it leaves 51 % of a Gaussian
+    matrix's norm as error, and by least squares 44 %. The scale is a float32; the paper's least value of it, 1e-5, is left
     out, so that ternary(c W) = c ternary(W) for every power of two c.
     Book: chapter "Training for low precision".
 
@@ -72,7 +72,7 @@ def ternary(
     step = _absmean(size) if scale == "absmean" else _least_squares(size)
     levels = torch.where(step > 0, weight / step, 0).round().clamp(-1, 1) + 1
     code = Quantized(
-        levels=Trits(levels.to(torch.uint8)),
+        levels=Trits.of(levels),
         scale=Array(step.reshape(1, 1)),
         zero=Bits.of(torch.ones(1, 1, device=weight.device), 2),
         group_size=weight.shape[1],

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
+
 from compresskit import data, methods, models
 from compresskit.formats import gguf
 from compresskit.model import Method
@@ -75,16 +77,16 @@ def rewritten(*, mix: str) -> dict:
     file = shipped()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        if mix == "as shipped":
-            tensors = file.tensors
-        else:
+        tensors, named = file.tensors, {}
+        if mix != "as shipped":
+            named = {"general.file_type": np.uint32(gguf.FILE_TYPES[mix])}
             chosen = MIXES[mix]({name: blocks.shape for name, blocks in file.tensors.items()})
             tensors = {
                 name: blocks if blocks.type == chosen[name]
                 else gguf.quantize(blocks.decode(), chosen[name])
                 for name, blocks in file.tensors.items()
             }  # fmt: skip
-        size = gguf.write(path, file.metadata, tensors)
+        size = gguf.write(path, file.metadata | named, tensors)
         model, tokenizer = models.smollm2(path)
         found = gguf.read(path).tensors
         matrices = [b for n, b in found.items() if len(b.shape) > 1 and n != EMBEDDING]

@@ -14,7 +14,7 @@ from compresskit.code import Code, check_float
 from compresskit.integer import Integer
 from compresskit.layers import as_matrix, compressed
 from compresskit.losses import fake_quantize, straight_through
-from compresskit.model import Method, layers, tables
+from compresskit.model import Method, layers, named, replaced, tables
 
 
 class Latent(nn.Module):
@@ -45,7 +45,8 @@ class MethodLatent(Latent):
         self.method = method
 
     def code(self, weight: Tensor) -> Code:
-        return self.method(weight.detach().flatten(1), None)
+        with torch.autocast(weight.device.type, enabled=False):  # methods say what they round
+            return self.method(weight.detach().flatten(1), None)
 
     def forward(self, weight: Tensor) -> Tensor:
         value = self.code(weight).decode().reshape(weight.shape).to(weight.dtype)
@@ -74,8 +75,8 @@ class LearnedStep(Latent):
     def __init__(self, weight: Tensor, spec: QuantSpec, fit: Fit, scale_dtype: torch.dtype):
         super().__init__()
         grid = fit_grid(weight, spec, fit=fit, scale_dtype=scale_dtype)
-        smallest = torch.finfo(scale_dtype).tiny  # of a group of zeros
-        self.log_step = nn.Parameter(grid.scale.clamp_min(smallest).log())
+        smallest = torch.finfo(scale_dtype).tiny  # for a group of zeros
+        self.log_step = nn.Parameter(torch.where(grid.scale > 0, grid.scale, smallest).log())
         self.register_buffer("zero", grid.zero)
         self.spec, self.group_size, self.scale_dtype = spec, grid.group_size, scale_dtype
 
@@ -99,9 +100,9 @@ class LearnedStep(Latent):
         return grid.code((matrix / scale + zero).clamp(0, last).round())
 
     def forward(self, weight: Tensor) -> Tensor:
-        matrix = weight.flatten(1)
+        matrix = weight.flatten(1).float()
         scale, zero = self.grid(tuple(matrix.shape)).by_column()
-        rounded = fake_quantize(matrix.float(), scale, zero, levels=self.spec.levels)
+        rounded = fake_quantize(matrix, scale, zero, levels=self.spec.levels)
         return rounded.reshape(weight.shape).to(weight.dtype)
 
 
@@ -126,8 +127,9 @@ def quantization_aware(model: nn.Module, plan: Mapping[str, Method]) -> nn.Modul
 
     Raises
     ------
-    ValueError : a name that is no layer, or that has a parametrization already; what the method
-        refuses; a code that rounds inputs where the layer is not linear, or by a threshold
+    ValueError : a name that is no layer, or whose weight is shared or computed from others; what
+        the method refuses; a code that rounds inputs where the layer is not linear, in another
+        basis, or by a threshold
 
     Notes
     -----
@@ -146,10 +148,7 @@ def quantization_aware(model: nn.Module, plan: Mapping[str, Method]) -> nn.Modul
     >>> trained[0].weight.unique().numel()
     3
     """
-    model = copy.deepcopy(model)
-    for name, method in plan.items():
-        _register(model, name, MethodLatent(method))
-    return model
+    return _registered(model, {name: MethodLatent(method) for name, method in plan.items()})
 
 
 def learned_steps(
@@ -184,13 +183,12 @@ def learned_steps(
     Esser et al., "Learned step size quantization", arXiv 1902.08153, section 2.
     """
     check_float("scale_dtype", scale_dtype)
-    model = copy.deepcopy(model)
-    found = layers(model) | tables(model)
-    for name, spec in specs.items():
-        weight = as_matrix(found[name]) if name in found else None
-        latent = None if weight is None else LearnedStep(weight, spec, fit, scale_dtype)
-        _register(model, name, latent)
-    return model
+    found = named(model, layers(model) | tables(model), specs)
+    latents = {
+        name: LearnedStep(as_matrix(found[name]), spec, fit, scale_dtype)
+        for name, spec in specs.items()
+    }
+    return _registered(model, latents)
 
 
 def converted(model: nn.Module) -> nn.Module:
@@ -217,8 +215,7 @@ def converted(model: nn.Module) -> nn.Module:
         )
     for name, layer in found.items():
         code = _latent(layer).code(layer.parametrizations.weight.original)
-        mode = layer.training
-        model.set_submodule(name, compressed(layer, code).train(mode))
+        model = replaced(model, name, compressed(layer, code).train(layer.training))
     return model
 
 
@@ -228,11 +225,11 @@ class _Rounding:
     def __init__(self):
         self.x, self.code = None, None
 
-    def before(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        (x,) = inputs
+    def before(self, layer: nn.Module, inputs: tuple[Tensor], options: dict[str, Tensor]):
+        (x,) = inputs or options.values()
         self.x = x.detach()
         self.code = _latent(layer).code(layer.parametrizations.weight.original)
-        return (straight_through(self.code.rounded(self.x), x),)
+        return (straight_through(self.code.rounded(self.x), x),), {}
 
     def after(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         bias = None if layer.bias is None else layer.bias.detach()
@@ -241,27 +238,27 @@ class _Rounding:
         return straight_through(value, output)
 
 
-def _register(model: nn.Module, name: str, latent: Latent | None) -> None:
-    """Put `latent` between the weight of a layer and its use; refuse what cannot become a code."""
-    found = layers(model) | tables(model)
-    if name not in found:
-        raise ValueError(f"no layer named {name!r}; the layers are {', '.join(found)}")
-    layer = found[name]
-    if _latent(layer):
-        raise ValueError(f"layer {name!r} computes with a code already; give the original model")
-    code = latent.code(layer.weight)
-    compressed(layer, code)  # refuses now what `converted` could not do later
-    parametrize.register_parametrization(layer, "weight", latent)
-    if code.quantizes_inputs:
-        if not isinstance(code, Integer):
-            raise ValueError(
-                f"the {type(code).__name__} of layer {name!r} rounds inputs in another basis; only"
-                " those rounded as they come can be trained through, by int8, ternary or sign"
-            )
-        code.rounded(layer.weight.detach()[:1])  # refuses a threshold
-        hooks = _Rounding()
-        layer.register_forward_pre_hook(hooks.before)
-        layer.register_forward_hook(hooks.after)
+def _registered(model: nn.Module, latents: Mapping[str, Latent]) -> nn.Module:
+    """A copy with each of `latents` between a weight and its use; refuses what has no code."""
+    named(model, layers(model) | tables(model), latents)
+    model = copy.deepcopy(model)
+    for name, latent in latents.items():
+        layer = model.get_submodule(name)
+        code = latent.code(layer.weight)
+        compressed(layer, code)  # refuses now what `converted` could not do later
+        parametrize.register_parametrization(layer, "weight", latent)
+        if code.quantizes_inputs:
+            if not isinstance(code, Integer):
+                raise ValueError(
+                    f"the {type(code).__name__} of layer {name!r} rounds inputs in another basis;"
+                    " only those rounded as they come can be trained through, as by int8, ternary"
+                    " or sign"
+                )
+            code.rounded(layer.weight.detach()[:1])  # refuses a threshold
+            hooks = _Rounding()
+            layer.register_forward_pre_hook(hooks.before, with_kwargs=True)
+            layer.register_forward_hook(hooks.after)
+    return model
 
 
 def _latent(module: nn.Module) -> Latent | None:
