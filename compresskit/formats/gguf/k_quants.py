@@ -30,7 +30,7 @@ from compresskit.formats.gguf.blocks import TYPES
 from compresskit.formats.gguf.fields import packed
 from compresskit.formats.gguf.search import free_fit, levels, stored_fit
 
-_TOGETHER = 32  # super-blocks searched at once: their weights stay in the nearer caches
+_TOGETHER = 64  # super-blocks searched at once: their weights stay in the nearer caches
 _LEAST = 2.0**-20  # of the largest importance; so that columns without any are stored as well
 
 
@@ -90,9 +90,10 @@ def searched(weight: Tensor, type: str, importance: Tensor) -> Tensor:
     blocks = weight.reshape(-1, 256)
     importance = importance.clamp(min=_LEAST).reshape(-1, 256)
     limit = 65504.0 * form.bounds[3]
-    if blocks.abs().max() > limit:
+    largest = max(abs(end) for end in blocks.aminmax())
+    if largest > limit:
         raise ValueError(
-            f"a weight of {blocks.abs().max():g}; {type} holds up to {limit:g}, where its float16"
+            f"a weight of {largest:g}; {type} holds up to {limit:g}, where its float16"
             " scales end; scale the weights down"
         )
     stored = torch.empty((len(blocks), TYPES[type].nbytes), dtype=torch.uint8)

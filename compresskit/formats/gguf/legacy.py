@@ -91,13 +91,12 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = values.to(dtype)
-    if not torch.isfinite(narrow).all():
+    if not torch.isfinite(torch.stack(values.aminmax()).to(dtype)).all():
         raise ValueError(
             f"numbers up to {values.abs().max():g} where {str(dtype).removeprefix('torch.')} is"
             f" stored, whose largest is {torch.finfo(dtype).max:g}; scale the weights down"
         )
-    return narrow
+    return values.to(dtype)
 
 
 def _half(step: Tensor) -> Tensor:
