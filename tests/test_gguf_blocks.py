@@ -4,7 +4,6 @@ tests/data/gguf_blocks.npz: 64 rows of 512 weights with an outlier column, and t
 `ggml_quantize_chunk` of ggml in C (llama-cpp-python 0.3.36), without importance.
 """
 
-import tracemalloc
 from pathlib import Path
 
 import gguf as reference
@@ -281,13 +280,14 @@ def test_what_a_symmetric_formula_has_stored_it_stores_again(name, seed, exponen
 # Quantizers by search.
 
 
-@pytest.mark.parametrize("name", K_QUANTS)
-def test_the_search_loses_less_than_the_c_implementation_on_the_fixture(name, weight):
+# A little above what the search reaches: a weaker one is noticed.
+@pytest.mark.parametrize(("name", "ratio"), [("Q4_K", 0.945), ("Q5_K", 0.86), ("Q6_K", 0.885)])
+def test_the_search_loses_less_than_the_c_implementation_in_every_row(name, ratio, weight):
     ours, theirs = (
         (code.decode().double() - weight).square().sum(1)
         for code in (gguf.quantize(weight, name), in_c(name))
     )
-    assert ours.sum() < 0.96 * theirs.sum()
+    assert ours.sum() < ratio * theirs.sum()
     assert (ours <= theirs).all()
 
 
@@ -371,16 +371,6 @@ def test_no_block_is_worse_than_zeros(name):
     weight *= torch.randn(200, 256, generator=generator).mul(1.5).exp()  # heavy tails
     decoded = gguf.quantize(weight, name).decode()
     assert ((decoded - weight).square().sum(1) <= weight.square().sum(1)).all()
-
-
-def test_memory_stays_within_a_few_pieces_however_large_the_matrix_is():
-    weight = torch.randn(64, 2048)
-    gguf.quantize(weight[:1], "Q4_K")  # compiled
-    tracemalloc.start()
-    gguf.quantize(weight, "Q4_K")
-    _, peak = tracemalloc.get_traced_memory()  # numpy's share: the search
-    tracemalloc.stop()
-    assert peak < 4 * weight.numel() * 4
 
 
 # What every quantizer is given.

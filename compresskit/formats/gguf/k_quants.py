@@ -84,7 +84,7 @@ def searched(weight: Tensor, type: str, importance: Tensor) -> Tensor:
 
     Notes
     -----
-    About 200 roundings of each weight. No step is a proof of optimality.
+    About 200 roundings of each weight. Nothing here proves that no better blocks exist.
     """
     form = K_QUANTS[type]
     blocks = weight.reshape(-1, 256)
@@ -114,7 +114,7 @@ def _found(form: _Format, x: np.ndarray, w: np.ndarray, count: int) -> tuple[Ten
     )
     d, m = np.tile(half.T, len(integers[0]) // count)
     nearest = levels(x, d * integers[0], -(m * integers[1]), low, high)
-    by_block = torch.from_numpy(nearest).reshape(-1, count, form.run).transpose(0, 1)
+    by_block = torch.from_numpy(nearest).reshape(form.run, -1, count).permute(2, 1, 0)
     return (
         torch.from_numpy(half),
         torch.from_numpy(integers).reshape(2, -1, count).transpose(1, 2),

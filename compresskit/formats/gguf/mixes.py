@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from compresskit.formats.gguf.blocks import TYPES
@@ -66,7 +67,7 @@ def q4_k_m(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 def _rich(shapes: Mapping[str, tuple[int, ...]], part: str) -> set[str]:
     """The tensors of that part, one per block, which the rule gives more bits."""
-    names = [name for name in shapes if name.startswith("blk.") and name.endswith("." + part)]
+    names = [name for name in shapes if re.fullmatch(rf"blk\.\d+\.{re.escape(part)}", name)]
     names.sort(key=lambda name: int(name.split(".")[1]))  # a file may have block 10 after block 1
     n = len(names)
     return {

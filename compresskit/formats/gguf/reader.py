@@ -50,7 +50,7 @@ class GGUFError(ValueError):
     """The file is damaged, or no GGUF file, or one that this package does not read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class File:
     """What a GGUF file holds.
 

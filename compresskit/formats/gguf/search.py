@@ -189,14 +189,15 @@ def stored_fit(x, w, count, low, high, least, most, shifted, free, divisors, rea
 
 @numba.njit(nogil=True, cache=True)
 def levels(x, scale, offset, low, high):
-    """(lanes, run) q - low: each weight's nearest level, as `_round_all` has it."""
+    """(run, lanes) q - low: each weight's nearest level, as `_round_all` has it."""
     run, lanes = x.shape
-    nearest = np.empty((lanes, run), np.uint8)
+    inverse, nearest = np.empty(lanes, np.float32), np.empty((run, lanes), np.uint8)
     for lane in range(lanes):
-        inverse = _inverse(scale[lane])
-        for i in range(run):
-            q = np.floor((x[i, lane] - offset[lane]) * inverse + np.float32(0.5))
-            nearest[lane, i] = np.uint8(min(max(q, low), high) - low)
+        inverse[lane] = _inverse(scale[lane])
+    for i in range(run):
+        for lane in range(lanes):
+            q = np.floor((x[i, lane] - offset[lane]) * inverse[lane] + np.float32(0.5))
+            nearest[i, lane] = np.uint8(min(max(q, low), high) - low)
     return nearest
 
 

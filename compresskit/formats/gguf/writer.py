@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compresskit.files import replacing
 from compresskit.formats.gguf.blocks import TYPES, Blocks
 from compresskit.formats.gguf.reader import (
     ALIGNMENT,
@@ -31,7 +29,7 @@ from compresskit.formats.gguf.reader import (
 MAX_NAME = 63  # bytes: ggml keeps names in 64 bytes with a zero at the end, and refuses longer ones
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NUMBER_OF = {dtype: number for number, dtype in NUMBERS.items()}
-_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_LEAST_FLOAT32 = np.finfo(np.float32).smallest_normal  # below, fewer than 24 bits are kept
 _INTEGERS = [np.dtype(name) for name in ("int32", "int64", "uint64")]
 
 
@@ -80,7 +78,7 @@ def write(
         end = _aligned(end + code.nbytes, alignment)
     start = _aligned(len(header), alignment)
     directory(memoryview(header), start + end)  # what cannot be read back is not written
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(header)
         for name, code in blocks.items():
             file.seek(start + offsets[name])  # over a gap, which reads as zeros
@@ -94,9 +92,8 @@ def _aligned(size: int, alignment: int) -> int:
 
 
 def _alignment(metadata: Mapping[str, object]) -> int:
-    return check_alignment(
-        {"general.alignment": _scalar(metadata.get("general.alignment", ALIGNMENT))}
-    )
+    value = metadata.get("general.alignment", ALIGNMENT)
+    return check_alignment({"general.alignment": _scalar(value) if type(value) is int else value})
 
 
 def _blocks(name: str, tensor: Blocks | Tensor) -> Blocks:
@@ -167,7 +164,7 @@ def _together(values: Sequence) -> np.ndarray:
                 return np.array(values, dtype)
         raise ValueError(f"whole numbers {min(values)} to {max(values)}; 64 bits do not hold them")
     if kinds <= {int, float}:
-        return np.array(values, np.result_type(*[_scalar(float(value)) for value in values]))
+        return np.array(values, np.result_type(*map(_real, values)))
     if len(kinds) > 1:
         names = sorted(kind.__name__ for kind in kinds)
         raise ValueError(f"a list of {', '.join(names)}; elements need one type")
@@ -184,13 +181,27 @@ def _scalar(value: object) -> np.generic:
                 return dtype(value)
         raise ValueError(f"{value}; whole numbers go from -2**63 to 2**64 - 1")
     if type(value) is float:
-        fits = not np.isfinite(value) or abs(value) <= _MAX_FLOAT32
-        return np.float32(value) if fits else np.float64(value)
+        return _real(value)
     if isinstance(value, np.generic | np.ndarray):
         return _known(np.asarray(value))[()]
     raise ValueError(
         f"a {type(value).__name__}; values are str, bool, int, float, NumPy numbers, and lists"
     )
+
+
+def _real(value: float) -> np.float32 | np.float64:
+    """A float32 if that is as near as 24 bits can be, and equal for a whole number."""
+    try:
+        wide = np.float64(value)
+    except OverflowError:
+        raise ValueError(f"a whole number of {len(str(value))} digits among reals") from None
+    if type(value) is int and int(wide) != value:
+        raise ValueError(f"{value} among reals; float64 does not hold it")
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = np.float32(wide)
+    exact = narrow == wide or np.isnan(wide)
+    near = type(value) is float and np.isfinite(narrow) and abs(narrow) >= _LEAST_FLOAT32
+    return narrow if exact or near else wide
 
 
 def _known(array: np.ndarray) -> np.ndarray:
@@ -212,17 +223,3 @@ def _encoded(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"a string that UTF-8 does not hold: {error.reason}") from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` once it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
