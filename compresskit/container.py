@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from compresskit.affine import Quantized
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
 from compresskit.code import Array, Bits, Code, Leaf, Sum, Trits
 from compresskit.codebook import Codebook
+from compresskit.files import replacing
 from compresskit.formats.gguf import Blocks
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
@@ -103,7 +103,8 @@ def save(model: nn.Module, path: str | Path, *, note: Mapping | None = None) -> 
     data = serialized(tensors, {"compresskit": json.dumps(header)})
     data = data.replace(_NO_SUM.encode(), _sum(data).encode(), 1)
     _contents(data)  # what cannot be read back is not written
-    _write(Path(path), data)
+    with replacing(Path(path)) as file:
+        file.write(data)
     return len(data)
 
 
@@ -258,16 +259,3 @@ def _kind(tensor: Tensor | None) -> str:
     if tensor is None:
         return "absent"
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, make sure it is on the disk, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

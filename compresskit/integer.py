@@ -86,7 +86,7 @@ def ternary_product(levels: Tensor, trits: Tensor) -> Tensor:
 
     Returns
     -------
-    (t, m) int32 tensor, equal to `integer_matmul(levels, (trits - 1).T)`
+    (t, m) int32 tensor, equal to `integer_matmul(levels, (trits.char() - 1).T)`
 
     Raises
     ------

@@ -13,7 +13,7 @@ import compresskit
 PACKAGE = Path(compresskit.__file__).parent
 # Each module imports from strictly lower lines only.
 LINES = [
-    {"bits", "theory", "data"},
+    {"bits", "files", "theory", "data"},
     {"code", "linalg"},
     {"affine", "codebook", "losses", "formats"},
     {"basis", "integer", "models"},

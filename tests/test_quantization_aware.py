@@ -147,6 +147,22 @@ def test_learned_steps_are_learned_and_stay_positive():
     assert (converted(model)[3].code.scale.decode() > 0).all()
 
 
+@pytest.mark.parametrize("log", [-18.0, 12.0, -200.0, 200.0])
+def test_steps_that_leave_the_range_of_their_type_stop_at_its_end(log):
+    aware, (x, _) = learned_steps(net(), {"3": QuantSpec(3)}), batch()
+    aware[3].parametrizations.weight[0].log_step.data.fill_(log)
+    assert aware(x).isfinite().all()
+    assert torch.equal(converted(aware)(x), aware(x))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 12])
+def test_half_precision_models_keep_their_zero_points(bits):
+    spec = QuantSpec(bits, symmetric=bits == 1)
+    aware = learned_steps(net(), {"3": spec})
+    zero = converted(aware)[3].code.zero.decode()
+    assert torch.equal(converted(aware.bfloat16())[3].code.zero.decode(), zero)
+
+
 def test_a_row_of_zeros_keeps_a_step_and_its_zeros():
     model = net()
     model[3].weight.data[2] = 0
@@ -224,6 +240,7 @@ def test_fake_quantization_has_the_published_gradients():
         ({"levels": 2.5}, "2 or more"),
         ({"scale": torch.tensor([0.0])}, "above 0"),
         ({"scale": torch.tensor([torch.nan])}, "above 0"),
+        ({"scale": torch.tensor([torch.inf])}, "and finite"),
     ],
 )
 def test_grids_that_are_none_are_refused(change, match):

@@ -77,7 +77,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, *, levels: int) -
 
     Raises
     ------
-    ValueError : a scale that is not above 0, or fewer than two levels
+    ValueError : a scale that is not above 0 or not finite, or fewer than two levels
 
     References
     ----------
@@ -86,8 +86,9 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, *, levels: int) -
     """
     if type(levels) is not int or levels < 2:
         raise ValueError(f"levels={levels!r}; it must be an integer of 2 or more, such as 16")
-    if not (scale > 0).all():
-        raise ValueError(f"a scale of {scale.min().item():g}; every scale must be above 0")
+    if not ((scale > 0) & scale.isfinite()).all():
+        low, high = scale.min().item(), scale.max().item()
+        raise ValueError(f"scales from {low:g} to {high:g}; each must be above 0 and finite")
     place = weight / scale + zero
     inside = place.clamp(0, levels - 1)
     return scale * (straight_through(inside.round(), inside) - zero)

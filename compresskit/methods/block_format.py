@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from compresskit import linalg
 from compresskit.formats.gguf.blocks import Blocks
 from compresskit.formats.gguf.k_quants import K_QUANTS
 from compresskit.formats.gguf.quantizers import quantize
@@ -53,6 +54,9 @@ def block_format(
     >>> block_format(torch.randn(4, 512)).nbytes  # 8 blocks of 144 bytes
     1152
     """
+    if stats is None:
+        linalg.check_weight(weight)
+        return quantize(weight, type)
     weight, stats = checked(weight, stats)
     moments = stats.second.diagonal()
     use = weighted and type in K_QUANTS and bool(moments.any())

@@ -47,8 +47,8 @@ def ternary(
     -----
     O(m n) time, and a sort for "least squares". Made for weights that are trained with it (see
     `compresskit.train.quantization_aware`): applied afterwards it leaves 51 % of a Gaussian
-    matrix's norm as error, and by least squares 44 %. The scale is a float32; the paper's least value of it, 1e-5, is left
-    out, so that ternary(c W) = c ternary(W) for every power of two c.
+    matrix's norm as error, and by least squares 44 %. The scale is a float32; the paper's least
+    value of it, 1e-5, is left out, so that ternary(c W) = c ternary(W) for every power of two c.
     Book: chapter "Training for low precision".
 
     References

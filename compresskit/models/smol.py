@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,8 @@ def smollm2(
     file = gguf.read(path)
     try:
         config = _config(file)
-        weights = {name_of(name): blocks.decode() for name, blocks in file.tensors.items()}
+        # Copies, where decoding makes none: the model outlives changes of the file.
+        weights = {name_of(name): blocks.decode().clone() for name, blocks in file.tensors.items()}
         for name in weights:
             if name.endswith((".q.weight", ".k.weight")):
                 weights[name] = halves_first(weights[name], size=config.width // config.heads)
@@ -113,22 +115,30 @@ def _config(file: gguf.File) -> DecoderConfig:
         kv_heads=_count(facts, "llama.attention.head_count_kv"),
         hidden=_count(facts, "llama.feed_forward_length"),
         context=_count(facts, "llama.context_length"),
-        theta=float(facts["llama.rope.freq_base"]),
-        eps=float(facts["llama.attention.layer_norm_rms_epsilon"]),
+        theta=_positive(facts, "llama.rope.freq_base"),
+        eps=_positive(facts, "llama.attention.layer_norm_rms_epsilon"),
     )
     expected = len(PARTS) * config.layers + len(OUTSIDE)
     if len(file.tensors) != expected:
         raise ValueError(
             f"{len(file.tensors)} tensors; a model of {config.layers} blocks has {expected}"
         )
+    tokens = len(facts["tokenizer.ggml.tokens"])
+    if tokens != config.vocab:
+        raise ValueError(f"{tokens} tokens for a vocabulary of {config.vocab}")
     return config
 
 
 def _count(facts: dict[str, Any], key: str) -> int:
-    count = int(facts[key])
-    if count < 1:
-        raise ValueError(f"{key} is {count}; it must be positive")
-    return count
+    if not isinstance(facts[key], np.integer) or facts[key] < 1:
+        raise ValueError(f"{key} is {facts[key]!r}; it must be a whole number, 1 or more")
+    return int(facts[key])
+
+
+def _positive(facts: dict[str, Any], key: str) -> float:
+    if not isinstance(facts[key], np.floating) or not 0 < facts[key] < np.inf:
+        raise ValueError(f"{key} is {facts[key]!r}; it must be a real number above 0")
+    return float(facts[key])
 
 
 def name_of(name: str) -> str:
@@ -160,8 +170,11 @@ def _tokenizer(facts: dict[str, Any]) -> "Tokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = facts["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    merges = [tuple(str(merge).split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    try:
+        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as error:  # the library raises no narrower kind
+        raise ValueError(f"tokens and merges that do not fit together: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compresskit import data, methods, models, theory
 from compresskit.affine import QuantSpec
 from compresskit.code import Trits
+from compresskit.layers import Compressed
 from compresskit.model import Method, collect, compress, decoded, layers, size_table
 from compresskit.models.decoder import Decoder
 from compresskit.recipes import language
@@ -79,7 +80,7 @@ def from_scratch(*, weights: str, seed: int, rate: float, steps: int = 400) -> d
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}; known are {', '.join(map(repr, WEIGHTS))}")
-    shape = replace(finished()[0].config, dropout=0.0)
+    shape = replace(models.pydoc_lm().config, dropout=0.0)
     recipe = Recipe(shape, seed=seed, steps=steps, rate=rate, warmup=steps // 20)
     model, method = initialized(recipe), WEIGHTS[weights]
     if method:
@@ -201,7 +202,7 @@ def trits(model: nn.Module) -> Mapping[str, float]:
     found = [
         leaf
         for module in model.modules()
-        if hasattr(module, "code")
+        if isinstance(module, Compressed)
         for leaf in module.code.leaves().values()
         if isinstance(leaf, Trits)
     ]

@@ -56,10 +56,11 @@ class MethodLatent(Latent):
 class LearnedStep(Latent):
     """weight -> the nearest point of a grid whose steps are parameters too.
 
-    The parameter is the logarithm of the steps: they stay positive, and Adam, whose updates do
-    not depend on the size of a gradient, changes all of them at the same relative rate. (LSQ
-    learns the step itself and scales its gradient, which is meant for plain gradient descent and
-    has no effect on Adam.) Zero points stay as they were fitted.
+    The parameter is the logarithm of the steps, used within the range of the stored type: they
+    stay positive, and Adam, whose updates do not depend on the size of a gradient, changes all of
+    them at the same relative rate. (LSQ learns the step itself and scales its gradient, which is
+    meant for plain gradient descent and has no effect on Adam.) Zero points stay as they were
+    fitted.
 
     Parameters
     ----------
@@ -77,7 +78,8 @@ class LearnedStep(Latent):
         grid = fit_grid(weight, spec, fit=fit, scale_dtype=scale_dtype)
         smallest = torch.finfo(scale_dtype).tiny  # for a group of zeros
         self.log_step = nn.Parameter(torch.where(grid.scale > 0, grid.scale, smallest).log())
-        self.register_buffer("zero", grid.zero)
+        # As integers, twice the zero points: `.half()` and the like leave those alone.
+        self.register_buffer("zero", (2 * grid.zero).int())
         self.spec, self.group_size, self.scale_dtype = spec, grid.group_size, scale_dtype
 
     def grid(self, shape: tuple[int, int]) -> Grid:
@@ -87,9 +89,11 @@ class LearnedStep(Latent):
         ----------
         shape : (m, n)
         """
-        step = self.log_step.exp()
-        stored = straight_through(step.to(self.scale_dtype).float(), step)
-        return Grid(self.spec, stored, self.zero, self.group_size, shape, self.scale_dtype)
+        step, info = self.log_step.float().exp(), torch.finfo(self.scale_dtype)
+        kept = step.clamp(info.smallest_normal * info.eps, info.max)  # what the type can hold
+        stored = straight_through(kept.to(self.scale_dtype).float(), step)
+        zero = self.zero / 2
+        return Grid(self.spec, stored, zero, self.group_size, shape, self.scale_dtype)
 
     @torch.no_grad()
     def code(self, weight: Tensor) -> Code:
@@ -227,7 +231,7 @@ class _Rounding:
 
     def before(self, layer: nn.Module, inputs: tuple[Tensor], options: dict[str, Tensor]):
         (x,) = inputs or options.values()
-        self.x = x.detach()
+        self.x = x.detach()  # until `after`, or the next call if this one fails
         self.code = _latent(layer).code(layer.parametrizations.weight.original)
         return (straight_through(self.code.rounded(self.x), x),), {}
 

@@ -48,8 +48,9 @@ def write(
         key -> value, in the order of the file. What `read` gives is written with the types it
         had. Of plain values, a bool is BOOL; a whole number UINT32, or INT32 if negative; a float
         FLOAT32; where 32 bits do not hold it, the type of 64 bits; a list an ARRAY of the one type
-        that its elements share, whole numbers as INT32 (as the reference does); an empty list an
-        array of no strings. "general.alignment" is obeyed, and 32 without it
+        that its elements share, whole numbers as INT32 (as the reference does); an empty list,
+        even one that was read as an array of no arrays, an array of no strings.
+        "general.alignment" is obeyed, and 32 without it
     tensors : mapping
         name -> `Blocks`, or a tensor: float32, float16 and bfloat16 become F32, F16 and BF16
 
