@@ -161,6 +161,29 @@ def test_a_killed_run_repeats_only_what_it_had_not_finished(results, tmp_path):
     assert seconds >= 0
 
 
+def test_experiments_with_equal_settings_and_changed_defaults_are_not_taken_for_each_other(
+    results, tmp_path
+):
+    def square(seed, power=2):
+        return {"value": seed**power}
+
+    def cube(seed, power=3):
+        return {"value": seed**power}
+
+    def both():
+        yield from results.grid(square, seed=[2])
+        yield from results.grid(cube, seed=[2])
+
+    records, _ = results.finished("run", both(), tmp_path)
+    assert [record["value"] for record in records] == [4, 8]
+
+    def square(seed, power=4):  # noqa: F811, the same name on purpose
+        return {"value": seed**power}
+
+    records, _ = results.finished("run", results.grid(square, seed=[2]), tmp_path)
+    assert [record["value"] for record in records] == [16]
+
+
 def test_what_is_stored_can_be_shown(results, monkeypatch, capsys):
     squares.calls = []
     monkeypatch.setitem(results.RUNS, "squares", lambda: squares(results))

@@ -214,7 +214,7 @@ def smollm2_files() -> Tasks:
     """Chapter 11: SmolLM2 in files of other blocks; the same types on the rotated base."""
     rewritten, rounded = block_formats.rewritten, block_formats.rounded
     yield from grid(rewritten, mix=["as shipped", *block_formats.MIXES])
-    yield from grid(rounded, mix=block_formats.MIXES)
+    yield from grid(rounded, mix=block_formats.MIXES, weighted=[False])
     yield from grid(rounded, mix=["Q4_K_M"], weighted=[True])
     yield from grid(rounded, mix=["Q4_K_M"], weighted=[True], calibration=["shuffled"])
 
@@ -326,7 +326,8 @@ def finished(name: str, tasks: Tasks, folder: Path) -> tuple[list[dict], float]:
     done = json.loads(path.read_text()) if path.is_file() else []
     records, used = [], []
     for given, task in tasks:
-        settings = json.loads(json.dumps(given))
+        given = json.loads(json.dumps(given))
+        settings = {"function": name_of(task), **settings_of(given, task)}
         known = next((entry for entry in done if entry["settings"] == settings), None)
         if known is None:
             start = time.perf_counter()
@@ -337,9 +338,14 @@ def finished(name: str, tasks: Tasks, folder: Path) -> tuple[list[dict], float]:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(done))
         used.append(known)
-        records.append({**settings_of(settings, task), **known["record"]})
+        records.append({**settings_of(given, task), **known["record"]})
         print(f"{name}: {records[-1]}", file=sys.stderr)
     return records, sum(entry["seconds"] for entry in used)
+
+
+def name_of(task: Callable[[], dict]) -> str:
+    """What the function is called that a task binds settings to: it tells experiments apart."""
+    return getattr(task, "func", task).__name__
 
 
 def provenance(name: str, seconds: float) -> dict:
