@@ -316,6 +316,16 @@ def test_constant_importance_is_none(name, constant, weight):
 
 
 @pytest.mark.parametrize("name", K_QUANTS)
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_only_the_proportions_of_importance_count(name, factor, weight):
+    importance = weight.square().mean(0)
+    usual = gguf.quantize(weight[:8], name, importance=importance)
+    assert not torch.equal(usual.tensor, gguf.quantize(weight[:8], name).tensor)
+    same = gguf.quantize(weight[:8], name, importance=importance * factor)
+    assert torch.equal(same.tensor, usual.tensor)
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
 def test_powers_of_two_and_the_order_of_rows_go_through_the_search(name):
     weight = torch.randn(70, 256, generator=torch.Generator().manual_seed(0))
     usual = gguf.quantize(weight, name)
