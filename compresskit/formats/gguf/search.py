@@ -1,8 +1,9 @@
 """The compiled loops of the search in `k_quants`, over many sub-blocks at once.
 
 A column of `x` and `w` is a sub-block (a lane): `run` weights and their importance. Of `count`
-super-blocks, lane count j + b is sub-block j of super-block b. No sum runs across lanes, so a sub-block's result depends
-neither on its neighbours nor on how wide the registers of a machine are. float32 throughout.
+super-blocks, lane count j + b is sub-block j of super-block b. No sum runs across lanes, so a
+result depends neither on a lane's neighbours nor on how wide the registers of a machine are.
+float32 throughout.
 
 (Over 200 lines with what each array is.)
 """
