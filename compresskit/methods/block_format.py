@@ -30,7 +30,7 @@ def block_format(
         moments of x; None, and for the types without a choice: not used
     type : str
         Q4_K, Q5_K or Q6_K, whose scales are searched for; or another one that
-        `compresskit.formats.gguf.quantize` writes, whose bytes follow from the weights
+        `formats.gguf.quantize` writes, whose bytes follow from the weights
     weighted : bool
         False: the plain squared error, whatever `stats` says
 
