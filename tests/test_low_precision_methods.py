@@ -121,7 +121,9 @@ def test_no_other_scale_of_the_signs_of_centered_weights_is_closer(factor):
 
 
 @pytest.mark.parametrize(
-    "method", [ternary, partial(ternary, scale="least squares"), sign], ids=str
+    "method",
+    [ternary, partial(ternary, scale="least squares"), sign],
+    ids=["absmean", "least squares", "sign"],
 )
 @pytest.mark.parametrize("power", [-20, -3, 5, 30])
 def test_powers_of_two_go_through(method, power):
@@ -150,7 +152,11 @@ def test_signs_are_taken_of_weights_less_their_mean():
     ]  # as the paper has it
 
 
-@pytest.mark.parametrize("method", [ternary, partial(ternary, scale="least squares"), sign])
+@pytest.mark.parametrize(
+    "method",
+    [ternary, partial(ternary, scale="least squares"), sign],
+    ids=["absmean", "least squares", "sign"],
+)
 def test_a_matrix_of_zeros_stays_one(method):
     assert not method(torch.zeros(3, 5)).decode().any()
 
