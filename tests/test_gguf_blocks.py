@@ -465,3 +465,13 @@ def test_the_fallback_of_each_type_takes_shorter_rows_and_no_fewer_bits():
     for name, fallback in gguf.FALLBACK.items():
         assert TYPES[fallback].size == 32 < TYPES[name].size
         assert TYPES[fallback].bits_per_weight > TYPES[name].bits_per_weight
+
+
+def test_floats_are_decoded_wherever_they_lie():
+    octets = torch.arange(40, dtype=torch.uint8)
+    for start in range(8):
+        part = octets[start : start + 16].reshape(4, 4)
+        expected = torch.from_numpy(np.frombuffer(part.numpy().tobytes(), np.float32).copy())
+        assert torch.equal(Blocks(part, "F32", (4,)).decode(), expected)
+        moved = octets[1:][start : start + 16].reshape(4, 4)
+        assert Blocks(moved, "F32", (4,)).decode().shape == (4,)

@@ -3,6 +3,8 @@
 From scratch, in float32, with ternary weights (BitNet b1.58) and with signs (BitNet), at equal
 steps; and from the finished model, against what rounding after the training makes of it. Quality
 is in bits per byte; the rate of an arm is to be chosen by the calibration split alone.
+
+(Over 200 lines: two experiments on one model, and what both count.)
 """
 
 import zlib

@@ -1,4 +1,8 @@
-"""Training through a code: the loss sees the compressed weights, the update moves latent ones."""
+"""Training through a code: the loss sees the compressed weights, the update moves latent ones.
+
+(Over 200 lines, more than half of them statements and refusals: what is computed with, what is
+trained and what is stored must be the same three times.)
+"""
 
 from __future__ import annotations
 

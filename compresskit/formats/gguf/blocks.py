@@ -164,7 +164,8 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _f32(blocks: Tensor) -> Tensor:
     """4 bytes: an IEEE float32."""
-    aligned = blocks.is_contiguous() and blocks.data_ptr() % 4 == 0
+    aligned = blocks.data_ptr() % 4 == 0 and blocks.storage_offset() % 4 == 0
+    aligned = aligned and blocks.is_contiguous()
     return (blocks if aligned else blocks.clone(memory_format=torch.contiguous_format)).view(
         torch.float32
     )

@@ -34,7 +34,7 @@ def bf16(blocks: Tensor) -> Tensor:
 
 def q8_0(blocks: Tensor) -> Tensor:
     """d = max|w| / 127, q = w / d to the nearest integer, halves away from 0."""
-    d = blocks.abs().amax(1, keepdim=True) / 127
+    d = _divided(blocks.abs().amax(1, keepdim=True), 127)
     return torch.cat([_half(d), _rounded(blocks * _inverse(d)).char().view(torch.uint8)], 1)
 
 
@@ -103,6 +103,11 @@ def _half(step: Tensor) -> Tensor:
     return _bytes(_finite(step, torch.float16))
 
 
+def _divided(values: Tensor, by: int) -> Tensor:
+    """The quotient rounded once. By a Python number, CUDA multiplies with its rounded inverse."""
+    return values / torch.full_like(values, by)
+
+
 def _inverse(step: Tensor) -> Tensor:
     """1 / step, and 0 where there is none: for 0, and for steps that float16 takes for 0 anyway."""
     inverse = 1 / step
@@ -129,7 +134,7 @@ def _signed_step(blocks: Tensor, center: int) -> tuple[Tensor, Tensor]:
 
 def _from_the_least(blocks: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     least = blocks.gather(1, blocks.argmin(1, keepdim=True))  # the first one: 0 has two signs
-    d = (blocks.amax(1, keepdim=True) - least) / top
+    d = _divided(blocks.amax(1, keepdim=True) - least, top)
     return d, least, _level((blocks - least).mul_(_inverse(d)), 0.5, top)
 
 

@@ -44,7 +44,8 @@ def quantize(array: Tensor | np.ndarray, type: str, *, importance: Tensor | None
 
     Notes
     -----
-    Memory: a few megabytes besides what is returned, however large `array` is.
+    Memory on a CPU: a few megabytes besides what is returned, and a float32 copy of a float64
+    `array`. Elsewhere the whole is one piece, of a few times its size.
 
     Examples
     --------
