@@ -59,8 +59,18 @@ def repair_body(app, pagename, templatename, context, doctree):
         context["body"] = body.replace('role="list" class="citation-list"', 'class="citation-list"')
 
 
+def nest_modules(app, pagename, templatename, context, doctree):
+    """Sphinx puts the list of a package's modules beside its entry; it belongs into the entry."""
+    if pagename == "_modules/index":
+        body = context["body"].replace("</li>\n<ul>", "\n<ul>")
+        context["body"] = body.replace("</ul><li>", "</ul></li>\n<li>").replace(
+            "</ul></ul>", "</ul></li></ul>"
+        )
+
+
 def setup(app):
     app.connect("build-finished", copy_mathjax)
     app.connect("html-page-context", drop_scripts, priority=900)
     app.connect("html-page-context", repair_body, priority=900)
+    app.connect("html-page-context", nest_modules, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
