@@ -247,7 +247,7 @@ class Quantized(Code):
     Parameters
     ----------
     levels : Code
-        (m, n) integers
+        (m, n) integers; where it does not keep an entry (`Code.kept`) the value is 0
     scale : Code
         (m, c) or (1, c), with c = ceil(n / group_size) groups
     zero : Code
@@ -278,7 +278,8 @@ class Quantized(Code):
     def decode(self) -> Tensor:
         size, columns = self.group_size, self.levels.shape[1]
         scale, zero = (_spread(c.decode(), size, columns) for c in (self.scale, self.zero))
-        return _value(self.levels.decode(), scale, zero)
+        value, kept = _value(self.levels.decode(), scale, zero), self.levels.kept
+        return value if kept is None else value.masked_fill(~kept, 0)
 
     @property
     def shape(self) -> tuple[int, ...]:

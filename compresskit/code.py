@@ -61,6 +61,14 @@ class Code(ABC):
         """Shape of the decoded tensor; a node that knows it without decoding says so itself."""
         return tuple(self.decode().shape)
 
+    @property
+    def kept(self) -> Tensor | None:
+        """Which entries are stored, as a bool tensor of this shape; None: all of them.
+
+        A formula over this code gives 0 for the others.
+        """
+        return None
+
     def children(self) -> dict[str, Code]:
         """The codes this formula is made of, by field name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

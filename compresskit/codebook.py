@@ -55,7 +55,8 @@ class Codebook(Code):
     Parameters
     ----------
     index : Code
-        whole numbers of any shape, each below the length of the table
+        whole numbers of any shape, each below the length of the table; where it does not keep an
+        entry (`Code.kept`) the value is 0
     values : Code or str
         (k,) one table for all, or (r, k) one for each of the r rows of `index`; or the name of a
         standard table in `TABLES`, which takes no bytes
@@ -88,7 +89,8 @@ class Codebook(Code):
     block: int | None = None
 
     def __post_init__(self):
-        if not isinstance(self.index, Leaf) or isinstance(self.index, Array):
+        sparse = self.index.kept is not None
+        if not (sparse or isinstance(self.index, Leaf)) or isinstance(self.index, Array):
             raise ValueError(
                 f"an index in a {type(self.index).__name__}; whole numbers are needed, as in Bits"
             )
@@ -130,7 +132,9 @@ class Codebook(Code):
             values = self.values.decode()
         scale = None if self.scale is None else self.scale.decode()
         out = _look_up(index, values, scale, self.block)
-        return out if self.offset is None else out + self.offset.decode()
+        out = out if self.offset is None else out + self.offset.decode()
+        kept = self.index.kept
+        return out if kept is None else out.masked_fill(~kept, 0)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -31,13 +31,14 @@ from compresskit.formats.gguf import Blocks
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
 from compresskit.model import compress, uncompressed
+from compresskit.sparse import Golomb, GroupRanks, RunLengths, Sparse
 
 VERSION = 1
 NODES = {
     cls.__name__: cls
-    for cls in (Codebook, InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sum)
+    for cls in (Codebook, InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sparse, Sum)
 }
-LEAVES = {cls.__name__: cls for cls in (Array, Bits, Blocks, Trits)}
+LEAVES = {cls.__name__: cls for cls in (Array, Bits, Blocks, Golomb, GroupRanks, RunLengths, Trits)}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

@@ -22,14 +22,19 @@ from compresskit.methods import (
     kmeans,
     llm_int8,
     lloyd_max,
+    magnitude,
     nf4,
     obq,
+    random,
     round_to_nearest,
     sign,
     smooth,
+    sparsegpt,
     ternary,
+    wanda,
 )
 from compresskit.model import compress
+from compresskit.sparse import Pattern
 from compresskit.stats import InputStats
 
 METHODS = {
@@ -70,6 +75,18 @@ METHODS = {
     "ternary": partial(ternary),
     "ternary integers": partial(ternary, inputs="token"),
     "ternary least squares": partial(ternary, scale="least squares"),
+    "random": partial(random, pattern=Pattern(0.5)),
+    "magnitude": partial(magnitude, pattern=Pattern(0.5)),
+    "magnitude 2:4": partial(magnitude, pattern=Pattern.n_of_m(2, 4)),
+    "magnitude layer": partial(magnitude, pattern=Pattern(0.9, among="layer")),
+    "magnitude half": partial(magnitude, pattern=Pattern(0.5), dtype=torch.float16),
+    "magnitude rows": partial(magnitude, pattern=Pattern(0.5, among="layer", unit="row")),
+    "wanda": partial(wanda, pattern=Pattern(0.5)),
+    "wanda 2:4": partial(wanda, pattern=Pattern.n_of_m(2, 4)),
+    "sparsegpt": partial(sparsegpt, pattern=Pattern(0.5)),
+    "sparsegpt layer": partial(sparsegpt, pattern=Pattern(0.9, among="layer"), block=100),
+    "sparsegpt 2:4": partial(sparsegpt, pattern=Pattern.n_of_m(2, 4), block=10),
+    "sparsegpt int4": partial(sparsegpt, pattern=Pattern(0.5), spec=QuantSpec(4, group_size=10)),
 }
 # Of many starts they keep the best: moments that differ in their last digit may prefer another,
 # equally good to within a percent or so.
@@ -80,6 +97,8 @@ REDUCES_TO |= {"obq": "int4 groups"}
 REDUCES_TO |= {"gptq rows": "int8", "gptq mse": "int3 mse"}
 REDUCES_TO |= {"gptq groups": "int4 groups", "gptq static groups": "int4 groups"}
 REDUCES_TO |= {"awq groups": "int4 groups"}
+REDUCES_TO |= {"wanda": "magnitude", "wanda 2:4": "magnitude 2:4", "sparsegpt": "magnitude"}
+REDUCES_TO |= {"sparsegpt layer": "magnitude layer", "sparsegpt 2:4": "magnitude 2:4"}
 
 
 # Columns of the weights: block formats take whole blocks.

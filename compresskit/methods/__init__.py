@@ -9,12 +9,17 @@ from compresskit.methods.int8 import int8
 from compresskit.methods.kmeans import kmeans
 from compresskit.methods.llm_int8 import llm_int8
 from compresskit.methods.lloyd_max import lloyd_max
+from compresskit.methods.magnitude import magnitude
+from compresskit.methods.masked import masked
 from compresskit.methods.nf4 import nf4
 from compresskit.methods.obq import obq
+from compresskit.methods.random import random
 from compresskit.methods.round_to_nearest import round_to_nearest
 from compresskit.methods.sign import sign
 from compresskit.methods.smooth import smooth
+from compresskit.methods.sparsegpt import sparsegpt
 from compresskit.methods.ternary import ternary
+from compresskit.methods.wanda import wanda
 
 __all__ = [
     "awq",
@@ -26,10 +31,15 @@ __all__ = [
     "kmeans",
     "llm_int8",
     "lloyd_max",
+    "magnitude",
+    "masked",
     "nf4",
     "obq",
+    "random",
     "round_to_nearest",
     "sign",
     "smooth",
+    "sparsegpt",
     "ternary",
+    "wanda",
 ]
