@@ -7,7 +7,8 @@ rate-distortion limits of chapter 2, in bits unless `unit="nats"`; `learning` ha
 bounds on a student's risk of chapter 4, which contain divergences in nats and nothing in bits
 except the length of a code; `quantizers` has the scalar quantizers of chapter 7;
 `straight_through` compares the gradient that training for low precision makes up, in chapter 10,
-with the true one where that is known; `blocks` has the error of the block formats of chapter 11.
+with the true one where that is known; `blocks` has the error of the block formats of chapter 11;
+`pruning` has what pruning removes and what a mask costs, of chapter 12.
 """
 
 from compresskit.theory.blocks import BlockError, absmax_block_error, minmax_block_error
@@ -44,6 +45,22 @@ from compresskit.theory.learning import (
     rademacher_finite,
     rademacher_signs,
     softmax_complexity,
+)
+from compresskit.theory.pruning import (
+    MaskBounds,
+    bitmap_bits,
+    bitmap_break_even,
+    csr_bits,
+    csr_break_even,
+    entropy_break_even,
+    golomb_bits,
+    golomb_parameter,
+    mask_bits,
+    mask_bits_bounds,
+    n_of_m_bits,
+    n_of_m_removed_energy,
+    pruned_entropy,
+    removed_energy,
 )
 from compresskit.theory.quantizers import (
     SPACE_FILLING_BITS,
@@ -115,4 +132,18 @@ __all__ = [  # noqa: RUF022
     "BlockError",
     "absmax_block_error",
     "minmax_block_error",
+    "removed_energy",
+    "n_of_m_removed_energy",
+    "MaskBounds",
+    "mask_bits",
+    "mask_bits_bounds",
+    "pruned_entropy",
+    "bitmap_bits",
+    "csr_bits",
+    "n_of_m_bits",
+    "csr_break_even",
+    "bitmap_break_even",
+    "entropy_break_even",
+    "golomb_parameter",
+    "golomb_bits",
 ]
