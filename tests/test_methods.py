@@ -25,6 +25,7 @@ from compresskit.methods import (
     magnitude,
     nf4,
     obq,
+    obs,
     random,
     round_to_nearest,
     sign,
@@ -86,6 +87,8 @@ METHODS = {
     "sparsegpt": partial(sparsegpt, pattern=Pattern(0.5)),
     "sparsegpt layer": partial(sparsegpt, pattern=Pattern(0.9, among="layer"), block=100),
     "sparsegpt 2:4": partial(sparsegpt, pattern=Pattern.n_of_m(2, 4), block=10),
+    "obs": partial(obs, pattern=Pattern(0.5)),
+    "obs 2:4": partial(obs, pattern=Pattern.n_of_m(2, 4)),
     "sparsegpt int4": partial(sparsegpt, pattern=Pattern(0.5), spec=QuantSpec(4, group_size=10)),
 }
 # Of many starts they keep the best: moments that differ in their last digit may prefer another,
@@ -98,6 +101,7 @@ REDUCES_TO |= {"gptq rows": "int8", "gptq mse": "int3 mse"}
 REDUCES_TO |= {"gptq groups": "int4 groups", "gptq static groups": "int4 groups"}
 REDUCES_TO |= {"awq groups": "int4 groups"}
 REDUCES_TO |= {"wanda": "magnitude", "wanda 2:4": "magnitude 2:4", "sparsegpt": "magnitude"}
+REDUCES_TO |= {"obs": "magnitude", "obs 2:4": "magnitude 2:4"}
 REDUCES_TO |= {"sparsegpt layer": "magnitude layer", "sparsegpt 2:4": "magnitude 2:4"}
 
 

@@ -13,6 +13,7 @@ from compresskit.methods.magnitude import magnitude
 from compresskit.methods.masked import masked
 from compresskit.methods.nf4 import nf4
 from compresskit.methods.obq import obq
+from compresskit.methods.obs import obs
 from compresskit.methods.random import random
 from compresskit.methods.round_to_nearest import round_to_nearest
 from compresskit.methods.sign import sign
@@ -35,6 +36,7 @@ __all__ = [
     "masked",
     "nf4",
     "obq",
+    "obs",
     "random",
     "round_to_nearest",
     "sign",

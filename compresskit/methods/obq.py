@@ -5,12 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compresskit import linalg
 from compresskit.affine import Fit, Grid, Quantized, QuantSpec, fit_grid, minmax
-from compresskit.methods.moments import checked, without_dead_inputs
+from compresskit.methods.row_by_row import fix, inverse_of
 from compresskit.stats import InputStats
 
-_WORK = 2**32  # m n^3 above which it would be minutes
 _HELD = 2**25  # elements of the inverses held at a time
 
 
@@ -56,21 +54,12 @@ def obq(
     Frantar and Alistarh, "Optimal Brain Compression" (NeurIPS 2022), Algorithm 3 and section 5.
     Book: chapter "Rounding with second-order information".
     """
-    weight, stats = checked(weight, stats)
-    rows, columns = weight.shape
-    if rows * columns**3 > _WORK:
-        raise ValueError(
-            f"{rows} rows of {columns} weights; OBQ inverts a matrix per row and stops at"
-            " rows * columns^3 = 2^32, for instance a (64, 400) matrix; use gptq for larger ones"
-        )
-    weight, second = without_dead_inputs(weight, stats, damp)
-    upper = linalg.upper_factor(second)  # refuses what is singular
-    upper = torch.linalg.solve_triangular(upper, torch.eye(columns).to(upper), upper=True)
+    weight, inverse = inverse_of(weight, stats, damp, instead="gptq")
     grid = fit_grid(weight, spec, fit=fit, scale_dtype=scale_dtype)
-    some = max(1, _HELD // columns**2)
+    some = max(1, _HELD // weight.shape[1] ** 2)
     levels = [
-        _greedy(part, _of_rows(grid, start, len(part)), upper.T @ upper)
-        for start, part in zip(range(0, rows, some), weight.split(some), strict=True)
+        _greedy(part, _of_rows(grid, start, len(part)), inverse)
+        for start, part in zip(range(0, len(weight), some), weight.split(some), strict=True)
     ]
     return grid.code(torch.cat(levels))
 
@@ -90,10 +79,7 @@ def _greedy(given: Tensor, grid: Grid, inverse: Tensor) -> Tensor:
         urgency = torch.where(strays, -error.abs(), error.square() / diagonal)
         next_ = torch.where(free, urgency, torch.inf).argmin(1)
         levels[row, next_] = nearest[row, next_]
-        free[row, next_] = False
-        against = inverse[row, next_] / diagonal[row, next_][:, None]
-        work -= error[row, next_][:, None] * against * free
-        inverse.baddbmm_(against[:, :, None], inverse[row, next_][:, None, :], alpha=-1)
+        fix(work, inverse, free, next_, error[row, next_])
     return levels
 
 
