@@ -14,6 +14,7 @@ PORT ?= 8000
 
 # One thread per kernel: notebooks run side by side, and two threads in each would only queue.
 export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
 export PYTHONHASHSEED = 0
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 # The notebooks need Jupyter's own figure backend.
@@ -41,7 +42,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 PYTEST := $(BIN)/python -m pytest
 
 test: $(STAMP) lint book ## everything: lint, unit tests, notebooks, structure, the built pages
-	$(PYTEST) tests compresskit notebooks -n $(JOBS) --dist loadfile \
+	$(PYTEST) tests compresskit notebooks -n $(JOBS) --dist loadfile --max-worker-restart=0 \
 	  -p tests.notebook_cost --nbval --nbval-current-env \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 300 \
 	  --cov --cov-report=term

@@ -644,7 +644,8 @@ def test_a_writer_killed_in_the_middle_leaves_no_file_under_the_name(tmp_path):
         if old:
             path.write_bytes(old)
         lines = "\n".join(line.strip() for line in program.splitlines())
-        done = subprocess.run([sys.executable, "-c", lines, str(path)], capture_output=True)
+        command = [sys.executable, "-c", lines, str(path)]
+        done = subprocess.run(command, capture_output=True, timeout=120)
         assert done.returncode < 0, done.stderr
         partial = [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
         assert [p.stat().st_size for p in partial] == [100_000]  # it died while writing

@@ -96,6 +96,7 @@ def execute(*arguments):
         [sys.executable, TOOLS / "execute.py", "--jobs=2", *map(str, arguments)],
         capture_output=True,
         text=True,
+        timeout=300,
     )
 
 

@@ -84,6 +84,7 @@ def check_links(folder):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
+        timeout=120,
     )
 
 
