@@ -37,6 +37,7 @@ from compresskit.recipes import (
     inheritance,
     language_student,
     low_precision,
+    one_shot,
     quantization,
     sentence_student,
 )
@@ -219,6 +220,42 @@ def smollm2_files() -> Tasks:
     yield from grid(rounded, mix=["Q4_K_M"], weighted=[True], calibration=["shuffled"])
 
 
+def one_shot_encoder() -> Tasks:
+    """Chapter 14: every criterion and pattern on MiniLM, rounded as well, and the controls."""
+    run = partial(board, one_shot.sentence_encoder, chapter=14, model="minilm")
+    patterns = {"pattern": one_shot.PATTERNS}
+    yield from run(criterion=[*one_shot.CRITERIA, "SparseGPT, layer"], **patterns)
+    for calibration in ("shuffled", "noise", "in order"):
+        yield from run(criterion=["Wanda", "SparseGPT"], **patterns, calibration=[calibration])
+    grids = {"pattern": ["50 %", "2:4"], "bits": [4, 3]}
+    yield from run(criterion=["SparseGPT"], **grids)
+    yield from run(criterion=["magnitude", "Wanda", "SparseGPT"], **grids, joint=[False])
+
+
+def one_shot_language_model() -> Tasks:
+    """Chapter 14: every criterion and pattern on SmolLM2, and the controls."""
+    run = one_shot.language_model
+    yield from grid(run, criterion=["none"], pattern=["0 %"])
+    for criterion in ("SparseGPT", "Wanda", "magnitude"):
+        yield from grid(run, criterion=[criterion], pattern=one_shot.PATTERNS)
+    controls = {"criterion": ["SparseGPT", "Wanda"], "pattern": ["50 %"]}
+    yield from grid(run, **controls, calibration=["shuffled"])
+    yield from grid(run, criterion=["random"], pattern=["50 %"])
+    yield from grid(run, criterion=["SparseGPT, layer"], pattern=["50 %"])
+    yield from grid(run, criterion=["SparseGPT"], pattern=["50 %", "2:4"], bits=[4])
+    yield from grid(run, criterion=["SparseGPT"], pattern=["50 %"], calibration=["in order"])
+
+
+def board(function: Callable[..., dict], *, chapter: int, model: str, **choices) -> Tasks:
+    """The tasks of `grid`, as records of the scoreboard."""
+    for settings, task in grid(function, **choices):
+        parts = [settings["criterion"], settings["pattern"]]
+        if settings.get("bits"):
+            parts += [f"int{settings['bits']}", "" if settings.get("joint", True) else "afterwards"]
+        where = {"method": " ".join(filter(None, parts)), "chapter": chapter, "model": model}
+        yield {**where, "stored": True, "calibration": "text", **settings}, task
+
+
 def grid(function: Callable[..., dict], **choices: Iterable) -> Tasks:
     """One task for each combination of the choices, the last varying fastest."""
     for values in itertools.product(*choices.values()):
@@ -299,6 +336,8 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "10_qat": trained_against_rounded,
     "scoreboard/11_gguf": gguf_types,
     "11_smollm2": smollm2_files,
+    "scoreboard/14_one_shot": one_shot_encoder,
+    "14_smollm2": one_shot_language_model,
     "03_soft_labels": soft_labels,
     "03_temperature_grid": temperature_grid,
     "03_disguised_teachers": disguised_teachers,

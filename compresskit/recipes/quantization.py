@@ -186,6 +186,16 @@ def _language_model(base: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
     return model, windows(tokenizer, text.calibration), windows(tokenizer, text.test)
 
 
+def smollm2(base: str) -> nn.Module:
+    """The model of `compressed_language_model`, loaded once.
+
+    Parameters
+    ----------
+    base : as for `language_model`
+    """
+    return _language_model(base)[0]
+
+
 @cache
 def _language_moments(base: str, calibration: str) -> dict[str, InputStats]:
     model, seen, _ = _language_model(base)
