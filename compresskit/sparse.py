@@ -9,6 +9,7 @@ each takes the mask as it is in memory and differs only in its bytes.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -284,7 +285,9 @@ class Sparse(Code):
 
     def csr(self) -> Tensor:
         """The matrix in PyTorch's compressed sparse row format, for its sparse products."""
-        return self.decode().to_sparse_csr()
+        with warnings.catch_warnings():  # that this format is in beta state
+            warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
+            return self.decode().to_sparse_csr()
 
 
 @dataclass(frozen=True, eq=False)
@@ -509,7 +512,7 @@ class GroupRanks(Mask):
 
     def __post_init__(self):
         super().__post_init__()
-        _group_patterns(self.n, self.m)
+        _check_group(self.n, self.m)
         if not self.tensor.ndim or self.tensor.shape[-1] % self.m:
             raise ValueError(
                 f"shape {tuple(self.tensor.shape)}; groups of {self.m} must fill a row"
@@ -646,14 +649,17 @@ def _check_count(name: str, value: object, most: int) -> None:
         raise ValueError(f"{name}={value!r} in the header of a mask; it must be from 0 to {most}")
 
 
-@lru_cache
-def _group_patterns(n: int, m: int) -> np.ndarray:
-    """(C(m, n), m) all groups of m with n ones, in order of the numbers they spell."""
+def _check_group(n: object, m: object) -> None:
     whole = type(n) is int and type(m) is int and 1 <= m <= 64 and 0 <= n <= m
     if not whole or math.comb(m, n) > _LARGEST:
         raise ValueError(
             f"{n!r} of {m!r}; there must be 1 to {_LARGEST} such groups, as for 2 of 4"
         )
+
+
+@lru_cache
+def _group_patterns(n: int, m: int) -> np.ndarray:
+    """(C(m, n), m) all groups of m with n ones, in order of the numbers they spell."""
     rows = np.zeros((math.comb(m, n), m), np.int64)
     for row, ones in zip(rows, sorted(combinations(range(m), n), reverse=True), strict=True):
         row[list(ones)] = 1
