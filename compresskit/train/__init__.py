@@ -1,4 +1,4 @@
-"""Training: one loop, the ways of distillation built on it, and training through a code."""
+"""Training: one loop, the ways of distillation built on it, through a code, and with zeros."""
 
 from compresskit.train.distillation import IGNORED as IGNORED
 from compresskit.train.distillation import (
@@ -11,7 +11,20 @@ from compresskit.train.distillation import (
     written,
 )
 from compresskit.train.loop import Run, Shuffled, fit
+from compresskit.train.pruning import (
+    Cubic,
+    Round,
+    Tickets,
+    fewer,
+    gradual,
+    iterative_magnitude,
+    masked,
+    masks_of,
+    support,
+    unmasked,
+)
 from compresskit.train.quantization_aware import converted, learned_steps, quantization_aware
+from compresskit.train.sparsity import expected_l0, gated, l1_norm, proximal_l1, soft_threshold
 
 # The order of the reference page.
 __all__ = [  # noqa: RUF022
@@ -28,4 +41,19 @@ __all__ = [  # noqa: RUF022
     "quantization_aware",
     "learned_steps",
     "converted",
+    "masked",
+    "unmasked",
+    "masks_of",
+    "support",
+    "Cubic",
+    "gradual",
+    "iterative_magnitude",
+    "fewer",
+    "Round",
+    "Tickets",
+    "soft_threshold",
+    "l1_norm",
+    "proximal_l1",
+    "gated",
+    "expected_l0",
 ]

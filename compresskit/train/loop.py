@@ -104,6 +104,8 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.999),
     clip: float | None = 1.0,
     seed: int = 0,
+    start: int = 0,
+    after: Callable[[nn.Module, int, float], None] | None = None,
     parameters: Iterable | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     every: int | None = None,
@@ -135,6 +137,11 @@ def fit(
         gradients of a larger norm are scaled down to it; None: never
     seed : int
         of what the model draws in training, such as dropout
+    start : int
+        steps left out at the beginning, which count for the rate: for weights of step `start`
+    after : callable
+        (model, steps done, rate of the last one), called after every update without gradients,
+        such as a proximal step
     parameters : iterable
         what is updated: parameters, or the groups that `torch.optim` takes; None means all that
         require a gradient
@@ -160,7 +167,8 @@ def fit(
     FloatingPointError
         a loss or gradient that is not finite: the model keeps the weights from before that step
     ValueError
-        no batch; `every` below 1; a checkpoint without `every`, or made by another run
+        no batch, or none from `start` on; `every` below 1; a checkpoint without `every`, or made by
+        another run
 
     References
     ----------
@@ -170,6 +178,8 @@ def fit(
     steps = len(batches)
     if steps < 1 or (every is not None and every < 1):
         raise ValueError(f"{steps} batches, every={every}; one batch or more, and every >= 1")
+    if not 0 <= start < steps:
+        raise ValueError(f"start={start} of {steps} steps; from 0, the first, to {steps - 1}")
     if checkpoint is not None and every is None:
         raise ValueError(
             f"a checkpoint at the end only saves nothing from a kill; say every how many of {steps}"
@@ -183,6 +193,7 @@ def fit(
     made = {
         "steps": steps,
         "seed": seed,
+        "start": start,
         "rates": tops,
         "warmup": warmup,
         "betas": list(betas),
@@ -191,7 +202,7 @@ def fit(
         "recipe": _plain(recipe or {}),
         "shapes": [list(p.shape) for p in model.parameters()],
     }
-    state: dict[str, Any] = {"made": made, "step": 0, "losses": [], "curve": [], "best": None}
+    state: dict[str, Any] = {"made": made, "step": start, "losses": [], "curve": [], "best": None}
     if checkpoint is not None and Path(checkpoint).is_file():
         state = _resumed(Path(checkpoint), made)
         model.load_state_dict(state["model"])
@@ -205,6 +216,9 @@ def fit(
             for group, top in zip(optimizer.param_groups, tops, strict=True):
                 group["lr"] = _rate_at(step, steps, top, warmup)
             state["losses"].append(_update(model, optimizer, loss, batches[step], clip, step))
+            if after is not None:
+                with torch.no_grad():
+                    after(model, step + 1, _rate_at(step, steps, rate, warmup))
             bar.update()
             if (step + 1) % (every or steps) and step + 1 < steps:
                 continue

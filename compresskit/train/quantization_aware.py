@@ -156,7 +156,7 @@ def quantization_aware(model: nn.Module, plan: Mapping[str, Method]) -> nn.Modul
     >>> trained[0].weight.unique().numel()
     3
     """
-    return _registered(model, {name: MethodLatent(method) for name, method in plan.items()})
+    return registered(model, {name: MethodLatent(method) for name, method in plan.items()})
 
 
 def learned_steps(
@@ -196,7 +196,7 @@ def learned_steps(
         name: LearnedStep(as_matrix(found[name]), spec, fit, scale_dtype)
         for name, spec in specs.items()
     }
-    return _registered(model, latents)
+    return registered(model, latents)
 
 
 def converted(model: nn.Module) -> nn.Module:
@@ -246,8 +246,15 @@ class _Rounding:
         return straight_through(value, output)
 
 
-def _registered(model: nn.Module, latents: Mapping[str, Latent]) -> nn.Module:
-    """A copy with each of `latents` between a weight and its use; refuses what has no code."""
+def registered(model: nn.Module, latents: Mapping[str, Latent]) -> nn.Module:
+    """A copy with each of `latents` between a weight and its use; refuses what has no code.
+
+    Parameters
+    ----------
+    model : nn.Module
+    latents : mapping
+        layer or table name -> its parametrization
+    """
     named(model, layers(model) | tables(model), latents)
     model = copy.deepcopy(model)
     for name, latent in latents.items():
