@@ -33,6 +33,7 @@ from compresskit.methods import round_to_nearest
 from compresskit.model import Method, layers, tables
 from compresskit.recipes import (
     block_formats,
+    criteria,
     distillation,
     inheritance,
     language_student,
@@ -220,6 +221,29 @@ def smollm2_files() -> Tasks:
     yield from grid(rounded, mix=["Q4_K_M"], weighted=[True], calibration=["shuffled"])
 
 
+def pruning_criteria() -> Tasks:
+    """Chapter 12: accuracy against sparsity by every criterion, with and without tuning."""
+    networks = {"network": criteria.NETWORKS, "seed": range(5)}
+    chosen = [("random", "layer"), ("magnitude", "global"), ("Wanda", "row")]
+    chosen += [("magnitude", "layer"), ("magnitude", "row")]
+    shares = (0.25, 0.5, 0.75, 0.9, 0.95)
+    for score, among in chosen:
+        arm = {"score": [score], "among": [among]}
+        yield from grid(criteria.one_shot, **networks, **arm, sparsity=shares)
+    for among, share in (("2:4", 0.5), ("1:4", 0.75)):
+        arm = {"score": criteria.SCORES, "among": [among], "sparsity": [share]}
+        yield from grid(criteria.one_shot, **networks, **arm)
+    yield from grid(criteria.shrunk, **networks, score=criteria.UNITS, sparsity=shares)
+    none = {"score": ["none"], "among": ["layer"], "sparsity": [0.0]}
+    yield from grid(criteria.tuned, **networks, **none)
+    for share in (0.9, 0.75):
+        for score, among in [*chosen[:-1], ("gradual", "global")]:
+            arm = {"score": [score], "among": [among], "sparsity": [share]}
+            yield from grid(criteria.tuned, **networks, **arm)
+        units = {"score": criteria.UNITS, "sparsity": [share], "epochs": [criteria.TUNING]}
+        yield from grid(criteria.shrunk, **networks, **units)
+
+
 def one_shot_encoder() -> Tasks:
     """Chapter 14: every criterion and pattern on MiniLM, rounded as well, and the controls."""
     run = partial(board, one_shot.sentence_encoder, chapter=14, model="minilm")
@@ -244,6 +268,12 @@ def one_shot_language_model() -> Tasks:
     yield from grid(run, criterion=["SparseGPT, layer"], pattern=["50 %"])
     yield from grid(run, criterion=["SparseGPT"], pattern=["50 %", "2:4"], bits=[4])
     yield from grid(run, criterion=["SparseGPT"], pattern=["50 %"], calibration=["in order"])
+
+
+def fine_tuned_after_pruning() -> Tasks:
+    """Chapter 14: MiniLM pruned by each criterion, and its kept weights trained further."""
+    criteria = {"criterion": ["magnitude", "Wanda", "SparseGPT"]}
+    yield from grid(one_shot.fine_tuned, pattern=["70 %", "2:4"], **criteria, seed=[0], steps=[40])
 
 
 def board(function: Callable[..., dict], *, chapter: int, model: str, **choices) -> Tasks:
@@ -336,8 +366,10 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "10_qat": trained_against_rounded,
     "scoreboard/11_gguf": gguf_types,
     "11_smollm2": smollm2_files,
+    "12_criteria": pruning_criteria,
     "scoreboard/14_one_shot": one_shot_encoder,
     "14_smollm2": one_shot_language_model,
+    "14_fine_tuned": fine_tuned_after_pruning,
     "03_soft_labels": soft_labels,
     "03_temperature_grid": temperature_grid,
     "03_disguised_teachers": disguised_teachers,

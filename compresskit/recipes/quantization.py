@@ -110,7 +110,7 @@ def sizes_and_errors(
 
 
 @cache
-def _encoder() -> tuple[nn.Module, list[str], Tensor, dict[str, dict[str, InputStats]]]:
+def minilm_and_moments() -> tuple[nn.Module, list[str], Tensor, dict[str, dict[str, InputStats]]]:
     """MiniLM, the held-out paragraphs, their embeddings, and moments by kind of calibration."""
     encoder, text = models.minilm(), data.pydoc()
     held_out = paragraphs(text.test)
@@ -144,7 +144,7 @@ def sentence_encoder(plan: Mapping[str, Method], *, calibration: str = "text") -
     "cosines", and "seconds" of compression: with its two passes over the text for "in order",
     without the one that collects the moments for all others
     """
-    encoder, held_out, reference, moments = _encoder()
+    encoder, held_out, reference, moments = minilm_and_moments()
     start = time.perf_counter()
     if calibration == "in order":
         seen = encoder.batches(paragraphs(data.pydoc().calibration))
