@@ -248,7 +248,8 @@ def one_shot_encoder() -> Tasks:
     """Chapter 14: every criterion and pattern on MiniLM, rounded as well, and the controls."""
     run = partial(board, one_shot.sentence_encoder, chapter=14, model="minilm")
     patterns = {"pattern": one_shot.PATTERNS}
-    yield from run(criterion=[*one_shot.CRITERIA, "SparseGPT, layer"], **patterns)
+    yield from run(criterion=one_shot.CRITERIA, **patterns)
+    yield from run(criterion=["SparseGPT, layer"], pattern=["50 %", "60 %", "70 %"])
     for calibration in ("shuffled", "noise", "in order"):
         yield from run(criterion=["Wanda", "SparseGPT"], **patterns, calibration=[calibration])
     grids = {"pattern": ["50 %", "2:4"], "bits": [4, 3]}

@@ -57,6 +57,10 @@ def prune(criterion: str, pattern: str, bits: int | None = None, joint: bool = T
     """
     chosen = PATTERNS[pattern]
     if criterion.endswith(", layer"):
+        if chosen.among != "row":
+            raise ValueError(
+                f"{criterion!r} with {pattern!r}; its blocks lose a share, like '50 %'"
+            )
         criterion, chosen = criterion.removesuffix(", layer"), replace(chosen, among="layer")
     spec = None if bits is None else QuantSpec(bits)
     if spec is not None and joint:
