@@ -1,7 +1,4 @@
-"""The experiment of one-shot pruning does what its names say, and a stored figure comes out again."""
-
-import json
-from pathlib import Path
+"""The experiment of one-shot pruning does what its names say."""
 
 import pytest
 import torch
@@ -11,8 +8,6 @@ from compresskit.methods import magnitude, round_to_nearest
 from compresskit.recipes import one_shot
 from compresskit.sparse import Pattern, Sparse
 from compresskit.stats import InputStats
-
-BOARD = Path(__file__).parents[1] / "book" / "results" / "scoreboard" / "14_one_shot.json"
 
 
 @pytest.fixture
@@ -63,14 +58,3 @@ def test_rounding_afterwards_keeps_the_mask_and_takes_the_nearest_points(weight)
     assert torch.equal(code.levels.kept, mask)
     kept = method(weight, None).decode()
     assert torch.equal(code.decode(), round_to_nearest(kept, spec=QuantSpec(4)).decode() * mask)
-
-
-@pytest.mark.slow
-def test_a_stored_record_is_what_the_experiment_gives_today():
-    records = json.loads(BOARD.read_text())["records"]
-    stored = next(r for r in records if r["method"] == "SparseGPT 2:4 int4")
-    found = one_shot.sentence_encoder(criterion="SparseGPT", pattern="2:4", bits=4)
-    assert found["bytes"] == stored["bytes"]
-    # sums in float32 differ between processors; a weight at a tie may go instead of another
-    for field in ("error_db", "gap_bits", "cosine"):
-        assert found[field] == pytest.approx(stored[field], rel=2e-3)
