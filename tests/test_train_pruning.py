@@ -377,6 +377,17 @@ def test_rewinding_goes_back_to_the_dense_weights_of_that_step():
         assert torch.equal(found.rounds[1].weights[name], tensor)
 
 
+def test_without_rewinding_each_round_trains_the_weights_further():
+    found = iterative_magnitude(net(), loss, batches(9), rounds=2, rewind=None, fit=LOOP)
+    model = net()
+    model.load_state_dict(found.rounds[1].weights)
+    again = masked(model, found.rounds[2].masks)
+    LOOP(again, loss, batches(9))
+    for name, tensor in unmasked(again).state_dict().items():
+        assert torch.equal(found.rounds[2].weights[name], tensor)
+    assert [len(one.run.losses) for one in found.rounds] == [9, 9, 9]
+
+
 def masked_state(found):
     model = net()
     model.load_state_dict(found.origin)

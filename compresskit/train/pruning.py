@@ -309,7 +309,8 @@ class Tickets(NamedTuple):
     Parameters
     ----------
     origin : dict
-        the state that every round but the first started from, before its mask
+        the state that every round but the first started from, before its mask, unless `rewind`
+        was None
     rounds : list of Round
         the dense training first
     """
@@ -325,7 +326,7 @@ def iterative_magnitude(
     *,
     rounds: int,
     rate: float = 0.2,
-    rewind: int = 0,
+    rewind: int | None = 0,
     names: Sequence[str] | None = None,
     pooled: bool = True,
     halved: Sequence[str] = (),
@@ -348,7 +349,8 @@ def iterative_magnitude(
         share of the remaining weights that each round removes, rounded to a whole number
     rewind : int
         the kept weights, the biases, and the learning rate's schedule go back to this step of the
-        first training; 0 is the initialization
+        first training; 0 is the initialization. None: the schedule goes back to its beginning, the
+        weights stay as they were trained, so that each round trains them further
     names : sequence of str
         of the layers that are pruned; None means all
     pooled : bool
@@ -379,14 +381,15 @@ def iterative_magnitude(
     ----------
     Frankle and Carbin, "The lottery ticket hypothesis", arXiv 1803.03635, section 1 and
     appendix B; Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis", arXiv
-    1912.05671, section 2 (rewinding to a step).
+    1912.05671 (rewinding to a step); Renda, Frankle, Carbin, "Comparing rewinding and fine-tuning",
+    arXiv 2003.02389 (rewinding the learning rate alone).
     """
     if rounds < 1 or not 0 < rate < 1:
         raise ValueError(f"rounds={rounds}, rate={rate}; 1 or more, and 0 < rate < 1, such as 0.2")
-    if not 0 <= rewind < len(batches):
+    if rewind is not None and not 0 <= rewind < len(batches):
         raise ValueError(
             f"rewind={rewind} of {len(batches)} steps; from 0, the initialization, to"
-            f" {len(batches) - 1}"
+            f" {len(batches) - 1}, or None"
         )
     chosen = list(layers(model)) if names is None else list(names)
     masks = {n: torch.ones_like(m) for n, m in support(model, chosen).items()}
@@ -403,7 +406,7 @@ def iterative_magnitude(
         saved = store.load(number)
         if saved is None:
             started = copy.deepcopy(model)
-            started.load_state_dict(origin)
+            started.load_state_dict(done[-1].weights if done and rewind is None else origin)
             trained = masked(started, masks)
             snapshot: dict[str, Tensor] = {}
 
@@ -411,7 +414,7 @@ def iterative_magnitude(
                 if step == rewind:
                     snapshot |= _state(unmasked(model))
 
-            run = fit(trained, loss, batches, start=rewind if number else 0, after=after)
+            run = fit(trained, loss, batches, start=(number and rewind) or 0, after=after)
             if not number and rewind:
                 origin = snapshot
             saved = origin, Round(masks, _state(unmasked(trained)), run)
