@@ -254,7 +254,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_end(task, tmp_path
     assert torch.equal(weights(whole), weights(parts))
     assert again == done
     assert go(dying(1), "parts", network(seed=4)) == done  # finished: no step is left
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one(task, tmp_path, monkeypatch):
@@ -263,9 +263,9 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one(task, tmp_pa
     before = file.read_bytes()
     save = torch.save
 
-    def torn(state, path):
-        save(state, path)
-        path.write_bytes(path.read_bytes()[:100])
+    def torn(state, opened):
+        save(state, opened)
+        opened.truncate(100)
         raise Killed
 
     monkeypatch.setattr(torch, "save", torn)

@@ -21,7 +21,7 @@ from compresskit.layers import Compressed
 from compresskit.model import Method, collect, compress, decoded, layers, size_table
 from compresskit.models.decoder import Decoder
 from compresskit.recipes import language
-from compresskit.recipes.language_student import windows
+from compresskit.recipes.language_student import next_byte, windows
 from compresskit.recipes.quantization import ROUNDINGS
 from compresskit.recipes.recipe import Recipe, Windows, initialized
 from compresskit.stats import InputStats
@@ -132,7 +132,7 @@ def fine_tuned(*, way: str, bits: int, seed: int, rate: float, steps: int = 120)
     else:
         model = quantization_aware(model, {})
     batches = Shuffled(inputs, labels, size=8, steps=steps, seed=seed)
-    fit(model, _next_byte, batches, rate=rate, warmup=steps // 10, seed=seed)
+    fit(model, next_byte, batches, rate=rate, warmup=steps // 10, seed=seed)
     return scores(model if way == "float32" else converted(model))
 
 
@@ -233,8 +233,3 @@ def huffman(octets: bytes) -> bytes:
     """
     coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
     return coder.compress(octets) + coder.flush()
-
-
-def _next_byte(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from compresskit.files import replacing
 from compresskit.model import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -311,8 +311,7 @@ def _resumed(path: Path, made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` beside `path` and rename it, so that a kill leaves the old or the new file."""
+    """A kill leaves the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    torch.save(state, partial_path)
-    os.replace(partial_path, path)
+    with replacing(path) as file:
+        torch.save(state, file)
