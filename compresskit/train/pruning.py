@@ -7,7 +7,6 @@ what the others go back to is all there is to these methods.)
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compresskit.code import Code
+from compresskit.files import replacing
 from compresskit.layers import as_matrix, compressed
 from compresskit.model import layers, named, replaced
 from compresskit.sparse import Sparse, pooled_masks
@@ -518,9 +518,8 @@ class _Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"made": self.made, "initial": self.initial, "origin": origin}
         state |= round_._asdict() | {"run": list(round_.run)}
-        partial_path = path.with_name(path.name + ".partial")
-        torch.save(state, partial_path)
-        os.replace(partial_path, path)
+        with replacing(path) as file:
+            torch.save(state, file)
 
     def _path(self, number: int) -> Path:
         return Path(self.folder) / f"round_{number:02d}.pt"
