@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from compresskit.affine import Quantized
 from compresskit.code import Array, Bits
 from compresskit.codebook import Codebook
+from compresskit.methods import magnitude, masked
 from compresskit.sparse import (
     MASK_CODES,
     Golomb,
@@ -387,3 +388,16 @@ def test_parts_that_do_not_fit_are_refused(weight, mask, dtype, reason):
 def test_another_number_of_values_is_refused():
     with pytest.raises(ValueError, match="one value for each"):
         Sparse(Array(torch.ones(3)), mask_code(torch.tensor([[1, 0], [1, 0]])))
+
+
+def test_a_mask_found_elsewhere_is_a_method():
+    weight = scores(4, 6)
+    mask = Pattern(0.5).mask(weight)
+    assert torch.equal(
+        masked(weight, mask=mask).decode(), magnitude(weight, pattern=Pattern(0.5)).decode()
+    )
+    assert masked(weight, mask=mask, dtype=torch.float16).values.tensor.dtype == torch.float16
+    with pytest.raises(ValueError, match="same shape"):
+        masked(weight, mask=mask[:2])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        masked(weight * torch.nan, mask=mask)
