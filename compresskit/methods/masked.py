@@ -24,7 +24,7 @@ def masked(
     stats : InputStats
         not used
     mask : (m, n) bool tensor
-        for instance one of `compresskit.sparse.pooled_masks`
+        for instance one of `sparse.pooled_masks`
     dtype : torch.dtype
         at which the kept weights are stored
 
