@@ -271,8 +271,8 @@ def check_comes_back(predicate):
         block = stored_blocks(kind)
         again = quantize(decode(*block), kind)
         same = np.all([(a == b).all(1) for a, b in zip(block, again, strict=True)], axis=0)
-        expected = [predicate(kind, levels) for levels in block[2]]
-        assert same.tolist() == expected
+        expected = np.array([predicate(kind, levels) for levels in block[2]])
+        assert (same == expected).all()
         assert 20 < same.sum() < len(same) - 20
 
 
