@@ -245,6 +245,19 @@ def pruning_criteria() -> Tasks:
         yield from grid(criteria.shrunk, **networks, **units)
 
 
+def pruning_penalties() -> Tasks:
+    """Chapter 12: L1 and L0 at two strengths, each against magnitude at as many weights."""
+    strengths = {
+        ("mnist1d_mlp", "L1"): (0.4, 0.5),
+        ("mnist1d_mlp", "L0"): (20, 30),
+        ("digits_cnn", "L1"): (0.75, 1.0),
+        ("digits_cnn", "L0"): (20, 30),
+    }
+    for (network, way), chosen in strengths.items():
+        arm = {"network": [network], "way": [way], "strength": chosen}
+        yield from grid(criteria.penalized, seed=range(5), **arm)
+
+
 def one_shot_encoder() -> Tasks:
     """Chapter 14: every criterion and pattern on MiniLM, rounded as well, and the controls."""
     run = partial(board, one_shot.sentence_encoder, chapter=14, model="minilm")
@@ -369,6 +382,7 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/11_gguf": gguf_types,
     "11_smollm2": smollm2_files,
     "12_criteria": pruning_criteria,
+    "12_penalties": pruning_penalties,
     "scoreboard/14_one_shot": one_shot_encoder,
     "14_smollm2": one_shot_language_model,
     "14_fine_tuned": fine_tuned_after_pruning,

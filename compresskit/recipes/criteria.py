@@ -173,7 +173,8 @@ def penalized(*, network: str, seed: int, way: str, strength: float) -> dict:
 
     Returns
     -------
-    as `tuned`, and the "sparsity" that came out
+    as `tuned`, the "sparsity" that came out, and of as many weights kept by "magnitude" over all
+    layers at once, and by the "gradual" schedule, the accuracy after as many epochs
     """
     model, samples, _ = trained(network, seed)
     batches, options = _batches(network, seed, TUNING // 2), _options(network, seed)
@@ -186,7 +187,12 @@ def penalized(*, network: str, seed: int, way: str, strength: float) -> dict:
     continued(small, network, seed, TUNING // 2)
     small = unmasked(small)
     found = record(small, support(small), samples)
-    return found | {"sparsity": 1 - found["kept"] / found["weights"]}
+    sparsity = 1 - found["kept"] / found["weights"]
+    rivals = {
+        score: tuned(network=network, seed=seed, score=score, among="global", sparsity=sparsity)
+        for score in ("magnitude", "gradual")
+    }
+    return found | {"sparsity": sparsity} | {name: r["accuracy"] for name, r in rivals.items()}
 
 
 def masks(network: str, seed: int, score: str, among: str, sparsity: float) -> dict[str, Tensor]:
