@@ -185,6 +185,7 @@ DEFINED = [
 ]
 
 
+@pytest.mark.theorem("thm-oneshot-sparsegpt")
 @pytest.mark.parametrize(("pattern", "block"), DEFINED, ids=str)
 def test_it_is_explicit_down_dating_of_the_inverse(pattern, block, layer):
     expected, kept = down_dating(*layer, pattern, block=block)
@@ -194,6 +195,7 @@ def test_it_is_explicit_down_dating_of_the_inverse(pattern, block, layer):
     torch.testing.assert_close(code.decode().double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.false_variant("thm-oneshot-sparsegpt")
 @pytest.mark.parametrize("mistake", [{"update": False}, {"early": True}], ids=str)
 def test_a_stale_inverse_or_stale_weights_are_noticed_although_they_beat_wanda(mistake, layer):
     weight, stats = layer
