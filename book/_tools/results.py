@@ -38,6 +38,7 @@ from compresskit.recipes import (
     inheritance,
     language_student,
     latency,
+    lottery,
     low_precision,
     one_shot,
     quantization,
@@ -370,6 +371,21 @@ def pydoc_students() -> Tasks:
     yield from grid(quarter, seed=[3, 4], way=language_student.WAYS, steps=[600])
 
 
+def lottery_tickets(build: str, seeds: int) -> Tasks:
+    """Chapter 13: tickets, their controls at equal counts, and whether batches' order matters."""
+    for seed in range(seeds):
+        yield from grid(lottery.by_level, build=[build], seed=[seed], arm=lottery.ARMS)
+        yield from grid(lottery.instability, build=[build], seed=[seed], arm=["ticket", "rewound"])
+
+
+def lottery_rates() -> Tasks:
+    """Chapter 13: tickets and new first weights at a third and three times the learning rate."""
+    arms = {"arm": ["ticket", "reinitialized"], "levels": [[0, 8, 11, 14]]}
+    yield from grid(
+        lottery.by_level, build=["mnist1d_mlp"], rate=[3e-3, 3e-2], seed=range(5), **arms
+    )
+
+
 RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/01_first_compression": first_compression,
     "scoreboard/06_uniform_quantizer": uniform_quantizer,
@@ -384,6 +400,9 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "12_criteria": pruning_criteria,
     "12_penalties": pruning_penalties,
     "scoreboard/14_one_shot": one_shot_encoder,
+    "13_lottery": partial(lottery_tickets, "mnist1d_mlp", 6),
+    "13_lottery_digits": partial(lottery_tickets, "digits_mlp", 5),
+    "13_lottery_rates": lottery_rates,
     "14_smollm2": one_shot_language_model,
     "14_fine_tuned": fine_tuned_after_pruning,
     "12_latency": latency.tasks,
