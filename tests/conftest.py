@@ -9,8 +9,8 @@ matplotlib.use("agg")  # not by MPLBACKEND, which the notebooks' kernels would i
 hypothesis.settings.register_profile("book", deadline=None)
 hypothesis.settings.load_profile("book")
 
-# Where one of these is set, pytest compares what differs line by line before it reports, which takes
-# hours for two lists of some thousand numbers: also in a test that expects the difference.
+# Where one of these is set, pytest compares what differs line by line before it reports. For two
+# lists of some thousand numbers that takes hours, also in a test that expects them to differ.
 for name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(name, None)
 
