@@ -284,10 +284,31 @@ class Sparse(Code):
         return out
 
     def csr(self) -> Tensor:
-        """The matrix in PyTorch's compressed sparse row format, for its sparse products."""
+        """The matrix in PyTorch's compressed sparse row format, for its sparse products.
+
+        Places are 32-bit integers where these suffice: products are up to five times faster than
+        with 64-bit ones, which are PyTorch's own choice. Kept weights of 0 stay entries.
+
+        Raises
+        ------
+        ValueError : not a matrix
+        """
+        if len(self.shape) != 2:
+            raise ValueError(f"a code of shape {self.shape}; only a matrix has rows to compress")
+        kept, values = self.kept, self.values.decode()
+        rows, columns = kept.nonzero(as_tuple=True)
+        starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
+        small = max(len(rows), *self.shape) < 1 << 31
+        places = torch.int32 if small else torch.int64
         with warnings.catch_warnings():  # that this format is in beta state
             warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
-            return self.decode().to_sparse_csr()
+            return torch.sparse_csr_tensor(
+                starts.to(places),
+                columns.to(places),
+                values,
+                size=self.shape,
+                check_invariants=True,
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,10 +331,6 @@ class Mask(Leaf):
 
     def decode(self) -> Tensor:
         return self.tensor.int()
-
-    @cached_property
-    def nbytes(self) -> int:
-        return len(self.to_bytes())
 
     def _flat(self) -> np.ndarray:
         """The entries, in row-major order."""
@@ -350,16 +367,23 @@ class RunLengths(Mask):
     def of(cls, mask: Tensor) -> RunLengths:
         """With the width that takes the fewest bytes."""
         mask = mask.to(torch.uint8)
-        gaps = _gaps(mask.cpu().numpy().reshape(-1))
-        sizes = {w: w * int((gaps // ((1 << w) - 1) + 1).sum()) for w in bits.WIDTHS}
+        gaps = _histogram(_gaps(mask.cpu().numpy().reshape(-1)))
+        sizes = {w: w * _numbers_of(gaps, w) for w in bits.WIDTHS}
         return cls(mask, min(sizes, key=sizes.get))
 
+    @cached_property
+    def nbytes(self) -> int:
+        return bits.packed_size(self._count, self.width)
+
     def to_bytes(self) -> bytes:
-        return bits.pack(torch.from_numpy(self._numbers()), self.width)
+        gaps, top = _gaps(self._flat()), (1 << self.width) - 1
+        last = np.cumsum(gaps // top + 1)  # one beyond the last number of each gap
+        numbers = np.full(last[-1] if len(last) else 0, top, np.int64)
+        numbers[last - 1] = gaps % top
+        return bits.pack(torch.from_numpy(numbers), self.width)
 
     def header(self) -> dict:
-        numbers = len(self._numbers())
-        return {"width": self.width, "shape": self.tensor.shape, "numbers": numbers}
+        return {"width": self.width, "shape": self.tensor.shape, "numbers": self._count}
 
     @classmethod
     def from_bytes(cls, data: bytes, header: dict) -> RunLengths:
@@ -372,12 +396,10 @@ class RunLengths(Mask):
         places = np.cumsum(np.where(numbers == top, top, numbers + 1))[numbers < top] - 1
         return cls(_mask_at(places, count).reshape(shape), width)
 
-    def _numbers(self) -> np.ndarray:
-        gaps, top = _gaps(self._flat()), (1 << self.width) - 1
-        last = np.cumsum(gaps // top + 1)  # one beyond the last number of each gap
-        numbers = np.full(last[-1] if len(last) else 0, top, np.int64)
-        numbers[last - 1] = gaps % top
-        return numbers
+    @cached_property
+    def _count(self) -> int:
+        """How many numbers are written."""
+        return _numbers_of(_histogram(_gaps(self._flat())), self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -425,6 +447,13 @@ class Golomb(Mask):
             parameter = min(math.ceil(-math.log1p(common) / math.log(common)), _LARGEST)
         return cls(mask, max(parameter, 1), int(2 * ones <= count))
 
+    @cached_property
+    def nbytes(self) -> int:
+        counts = self._counts
+        width, _ = self._remainder()
+        sizes = (counts["unary"], 1), (counts["places"], width), (counts["long"], 1)
+        return sum(bits.packed_size(count, w) for count, w in sizes if w)
+
     def to_bytes(self) -> bytes:
         quotient, first, last, _ = self._parts()
         ends = np.cumsum(quotient + 1) - 1
@@ -435,15 +464,8 @@ class Golomb(Mask):
         return b"".join(bits.pack(torch.from_numpy(part), w) for part, w in pieces)
 
     def header(self) -> dict:
-        quotient, first, last, _ = self._parts()
-        return {
-            "parameter": self.parameter,
-            "symbol": self.symbol,
-            "shape": self.tensor.shape,
-            "places": len(first),
-            "unary": int(quotient.sum()) + len(first),
-            "long": len(last),
-        }
+        given = {"parameter": self.parameter, "symbol": self.symbol, "shape": self.tensor.shape}
+        return given | self._counts
 
     @classmethod
     def from_bytes(cls, data: bytes, header: dict) -> Golomb:
@@ -479,6 +501,15 @@ class Golomb(Mask):
         """Bits of every remainder, and from which of their values on there is one more."""
         width = (self.parameter - 1).bit_length()  # that of the longer ones
         return max(width - 1, 0), (1 << width) - self.parameter if width else 1
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        """Entries of the three pieces, the ends of the unary numbers included."""
+        gaps, counts = _histogram(_gaps(self._flat() == self.symbol))
+        quotient, remainder = np.divmod(gaps, self.parameter)
+        _, cutoff = self._remainder()
+        places, unary = int(counts.sum()), int(((quotient + 1) * counts).sum())
+        return {"places": places, "unary": unary, "long": int(counts[remainder >= cutoff].sum())}
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Quotients, first bits of the remainders, last bits of the longer ones, and which."""
@@ -534,6 +565,11 @@ class GroupRanks(Mask):
             if (ones == ones[0]).all():
                 return cls(mask, int(ones[0]), m)
         raise ValueError("no groups of 2 to 16 entries hold equally many ones; use mask_code(mask)")
+
+    @property
+    def nbytes(self) -> int:
+        per, _ = self._digits()
+        return 8 * -(-(self.tensor.numel() // self.m) // per)
 
     def to_bytes(self) -> bytes:
         patterns = _group_patterns(self.n, self.m)
@@ -608,7 +644,7 @@ def mask_code(mask: Tensor) -> Code:
     >>> type(mask_code(torch.arange(96) % 4 < 2)).__name__
     'GroupRanks'
     """
-    if not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"a mask holds zeros and ones, not {mask.min():g} to {mask.max():g}")
     codes = []
     for write in MASK_CODES.values():
@@ -633,6 +669,19 @@ def _scores(scores: Tensor) -> Tensor:
 def _gaps(flat: np.ndarray) -> np.ndarray:
     """How many zeros stand before each one, since the one before."""
     return np.diff(np.flatnonzero(flat), prepend=-1) - 1
+
+
+def _histogram(gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different gaps and how often each occurs: few, so that sizes are soon counted."""
+    counts = np.bincount(gaps)
+    values = np.flatnonzero(counts)
+    return values, counts[values]
+
+
+def _numbers_of(gaps: tuple[np.ndarray, np.ndarray], width: int) -> int:
+    """How many numbers of `width` bits the gaps of a histogram take."""
+    values, counts = gaps
+    return int(((values // ((1 << width) - 1) + 1) * counts).sum())
 
 
 def _mask_at(places: np.ndarray, count: int) -> Tensor:

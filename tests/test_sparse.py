@@ -339,6 +339,16 @@ def test_bytes_too_many_or_too_few_are_refused(kind):
             kind.from_bytes(data, leaf.header())
 
 
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.3, 0.5, 0.97])
+def test_bytes_are_counted_without_being_written(share):
+    mask = a_mask((300, 700), share)
+    for kind in (RunLengths, Golomb):
+        leaf = kind.of(mask)
+        assert leaf.nbytes == len(leaf.to_bytes())
+    groups = GroupRanks.of(Pattern.n_of_m(2, 4).mask(scores(30, 700)))
+    assert groups.nbytes == len(groups.to_bytes())
+
+
 # --- sparse codes --------------------------------------------------------------------------------
 
 
@@ -348,7 +358,13 @@ def test_values_stand_where_the_mask_is_one():
     assert torch.equal(code.decode(), weight * mask)
     assert code.shape == (5, 7)
     assert torch.equal(code.csr().to_dense(), code.decode())
+    assert code.csr().col_indices().dtype == torch.int32
     assert code.nbytes == 4 * int(mask.sum()) + mask_code(mask).nbytes
+
+
+def test_only_a_matrix_has_compressed_rows():
+    with pytest.raises(ValueError, match="only a matrix"):
+        Sparse.of(torch.ones(3), torch.ones(3, dtype=torch.bool)).csr()
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(3, 4), torch.ones(3, 4)])

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from compresskit import measure, models, surgery
 from compresskit.layers import as_matrix
 from compresskit.model import layers, replaced
-from compresskit.sparse import Pattern
+from compresskit.sparse import Pattern, Sparse
 from compresskit.surgery import remove, unit_scores, units, weakest
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -94,11 +94,7 @@ class SparseLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        wide = compressed_rows(weight)
-        places = wide.crow_indices().int(), wide.col_indices().int()
-        self.matrix = torch.sparse_csr_tensor(
-            *places, wide.values(), size=wide.shape, check_invariants=True
-        )
+        self.matrix = Sparse.of(weight, weight != 0).csr()
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
