@@ -153,7 +153,8 @@ def read(path: str | Path) -> Contents:
     """The codes and parameters in a file, after every checksum and every shape was verified.
 
     Nothing is unpickled or decoded. Memory stays within a few times the file's size, but for
-    integers of few bits: in memory each of them takes a byte.
+    integers of few bits and for masks: in memory each of their entries takes a byte, also where
+    less than a bit of it is stored. Such a mask has at most 2^28 entries.
 
     Raises
     ------

@@ -24,6 +24,7 @@ from compresskit import bits
 from compresskit.code import Array, Bits, Code, Leaf, check_float, check_shape
 
 _LARGEST = 1 << 16  # patterns within a group: above it a table of them is no longer small
+_MOST = 1 << 28  # entries of a mask of which less than a bit each is stored: 256 MiB in memory
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Pattern:
         Parameters
         ----------
         scores : (m, n) tensor
-            the lowest go; any floating-point dtype, any size
+            the lowest go, of whole rows or columns those with the lowest sum of squares; any size,
+            compared in float32, or in float64 if they are
 
         Returns
         -------
@@ -126,7 +128,7 @@ class Pattern:
                 raise ValueError(
                     f"{len(across)} {self.unit}s in units of {self.size}; size must divide them"
                 )
-            units = across.square().sum(1).reshape(-1, self.size).sum(1)
+            units = across.double().square().sum(1).reshape(-1, self.size).sum(1)
             gone = lowest(units[None], round(self.sparsity * len(units)))[0]
             kept = ~gone.repeat_interleave(self.size)
             return (kept[:, None] if self.unit == "row" else kept).expand(rows, columns).clone()
@@ -151,7 +153,7 @@ class Pattern:
         if self.among == "row":
             return rows * round(self.sparsity * columns)
         drop, (groups, rest) = round(self.sparsity * self.among), divmod(columns, self.among)
-        return rows * (groups * drop + max(0, drop - (self.among - rest)) * bool(rest))
+        return rows * (groups * drop + max(0, drop - (self.among - rest)))
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
@@ -328,6 +330,7 @@ class Mask(Leaf):
             raise ValueError(
                 f"a mask of type {self.tensor.dtype}; use {type(self).__name__}.of(mask)"
             )
+        _check_entries(self.tensor.numel())
 
     def decode(self) -> Tensor:
         return self.tensor.int()
@@ -433,7 +436,7 @@ class Golomb(Mask):
         super().__post_init__()
         if type(self.parameter) is not int or not 1 <= self.parameter <= _LARGEST:
             raise ValueError(f"parameter={self.parameter!r}; it must be from 1 to {_LARGEST}")
-        if self.symbol not in (0, 1):
+        if type(self.symbol) is not int or self.symbol not in (0, 1):
             raise ValueError(f"symbol={self.symbol!r}; it must be 0 or 1")
 
     @classmethod
@@ -559,7 +562,7 @@ class GroupRanks(Mask):
         """
         mask = mask.to(torch.uint8)
         for m in range(2, 17):
-            if not mask.numel() or mask.shape[-1] % m:
+            if not mask.numel() or not mask.ndim or mask.shape[-1] % m:
                 continue
             ones = mask.reshape(-1, m).sum(1)
             if (ones == ones[0]).all():
@@ -595,7 +598,9 @@ class GroupRanks(Mask):
         shape, count = check_shape(header.get("shape"))
         empty = cls(torch.zeros(0, dtype=torch.uint8), header.get("n"), header.get("m"))
         per, base = empty._digits()
-        groups = -(-count // empty.m)
+        groups, rest = divmod(count, empty.m)
+        if rest:
+            raise ValueError(f"shape {shape}; its entries must fill groups of {empty.m}")
         if len(data) != 8 * -(-groups // per):
             raise ValueError(
                 f"{len(data)} bytes given; {groups} groups take {8 * -(-groups // per)}"
@@ -686,11 +691,20 @@ def _numbers_of(gaps: tuple[np.ndarray, np.ndarray], width: int) -> int:
 
 def _mask_at(places: np.ndarray, count: int) -> Tensor:
     """(count,) zeros, with ones at `places`, which must lie within."""
+    _check_entries(count)
     if len(places) and not (0 <= places[0] and places[-1] < count):
         raise ValueError(f"a place at {places[-1]} in a mask of {count} entries")
     mask = torch.zeros(count, dtype=torch.uint8)
     mask[torch.from_numpy(places)] = 1
     return mask
+
+
+def _check_entries(count: int) -> None:
+    """Few bytes may stand for many zeros: a limit to what a file can make its reader allocate."""
+    if count > _MOST:
+        raise ValueError(
+            f"a mask of {count} entries; one of more than {_MOST} is stored as Bits(mask, 1)"
+        )
 
 
 def _check_count(name: str, value: object, most: int) -> None:

@@ -186,6 +186,13 @@ def test_no_layer_at_all_is_refused():
         pooled_masks({}, 0.5)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e30])
+def test_whole_rows_are_compared_by_their_squares_at_any_scale(unit):
+    rows = unit * torch.tensor([[3.0, 0, 0], [2, 2, 0], [1, 1, 1], [2.5, 0, 0]])
+    kept = Pattern(0.5, among="layer", unit="row").mask(rows)
+    assert kept[:, 0].tolist() == [True, True, False, False]
+
+
 # --- masks ---------------------------------------------------------------------------------------
 
 
@@ -347,6 +354,39 @@ def test_bytes_are_counted_without_being_written(share):
         assert leaf.nbytes == len(leaf.to_bytes())
     groups = GroupRanks.of(Pattern.n_of_m(2, 4).mask(scores(30, 700)))
     assert groups.nbytes == len(groups.to_bytes())
+
+
+@pytest.mark.parametrize("kind", [RunLengths, Golomb])
+def test_a_few_bytes_cannot_ask_for_a_terabyte(kind):
+    header = kind.of(torch.zeros(3, dtype=torch.uint8)).header() | {"shape": [10**6, 10**6]}
+    with pytest.raises(ValueError, match="a mask of 1000000000000 entries"):
+        kind.from_bytes(b"", header)
+
+
+def test_codes_that_no_mask_has_are_refused():
+    golomb = Golomb(torch.tensor([0, 0, 1, 0, 0, 0, 0, 1], dtype=torch.uint8), 3, 1)
+    header = golomb.header()
+    assert header["long"] == 2
+    with pytest.raises(ValueError, match="no Golomb code"):
+        Golomb.from_bytes(golomb.to_bytes(), header | {"long": 1})
+    runs = RunLengths.of(torch.tensor([0, 0, 0, 1]))
+    with pytest.raises(ValueError, match="a place at 3 in a mask of 3"):
+        RunLengths.from_bytes(runs.to_bytes(), runs.header() | {"shape": [3]})
+    ranks = {"shape": [1, 4], "n": 2, "m": 4}
+    assert GroupRanks.from_bytes((5).to_bytes(8, "little"), ranks).tensor.tolist() == [[1, 1, 0, 0]]
+    for word in (6, (1 << 64) - 1):  # the rank of a second group; more than 24 ranks
+        with pytest.raises(ValueError, match="more than the ranks"):
+            GroupRanks.from_bytes(word.to_bytes(8, "little"), ranks)
+    with pytest.raises(ValueError, match="fill groups of 2"):
+        GroupRanks.from_bytes(bytes(8), {"shape": [3], "n": 1, "m": 2})
+
+
+def test_sixty_four_ranks_of_two_fill_a_word():
+    assert GroupRanks.of(torch.tensor([[1, 0] * 64])).nbytes == 8
+
+
+def test_a_mask_of_one_entry_and_no_axis_is_written():
+    assert mask_code(torch.tensor(True)).decode().tolist() == 1
 
 
 # --- sparse codes --------------------------------------------------------------------------------
