@@ -463,3 +463,16 @@ def test_models_without_known_units_are_refused():
 def test_scores_need_the_moments_of_every_reader():
     with pytest.raises(ValueError, match="no moments of 'linear2'; collect them"):
         unit_scores(models.digits_mlp(), {})
+
+
+def test_what_pools_over_units_or_counts_them_lies_between_no_two_layers():
+    pooled = nn.Sequential(nn.Linear(8, 8), nn.MaxPool2d(3, 1, 1), nn.Linear(8, 2))
+    normed = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    assert units(pooled) == units(normed) == {}
+    with pytest.raises(ValueError, match="such as BatchNorm"):
+        remove(normed, {"0": [1]})
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"scores of \['b'\] hold NaN"):
+        weakest({"a": torch.ones(2), "b": torch.tensor([torch.nan, 1.0])}, 0.5)

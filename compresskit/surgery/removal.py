@@ -19,11 +19,10 @@ from compresskit.models.decoder import Attention, Decoder
 from compresskit.models.encoder import SentenceEncoder
 from compresskit.stats import InputStats
 
-# What may stand between two layers of a chain: each output depends on one unit alone.
-UNITWISE = {
-    *(nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
-}
+# What may stand between two layers of a chain: each output depends on one unit alone. Of images,
+# whose units are channels, that holds for pooling too.
+UNITWISE = {nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh}
+POOLING = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,9 @@ def units(model: nn.Module) -> dict[str, Units]:
 
     In a `Decoder` these are `mlp.up` (with `mlp.gate`) and `attn.v` (with q and k); where several
     query heads share a key, also `attn.q`. In a `SentenceEncoder`, `intermediate.dense` and
-    `attention.self.value`. In a chain (`nn.Sequential`), every layer but the last.
+    `attention.self.value`. In a chain (`nn.Sequential`), every layer whose next one reads each
+    unit by itself: nothing but activations, dropout, a flattening and, of images, pooling stands
+    between them. (Not BatchNorm: fold it into the layer first.)
 
     Parameters
     ----------
@@ -261,10 +262,13 @@ def weakest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, list[int
 
     Raises
     ------
-    ValueError : a fraction outside [0, 1]
+    ValueError : a fraction outside [0, 1], or scores that are NaN
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction={fraction}; give one from 0 to 1, such as 0.5")
+    unknown = [name for name, score in scores.items() if score.isnan().any()]
+    if unknown:
+        raise ValueError(f"scores of {unknown} hold NaN; check the weights and the moments")
     return {
         name: score.argsort(stable=True)[
             : min(round(fraction * len(score)), len(score) - 1)
@@ -316,7 +320,10 @@ def _of_chain(model: nn.Sequential) -> Iterator[tuple[str, Units]]:
             source, flat = name, False
         elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             flat = True
-        elif type(module) is nn.Flatten or type(module) not in UNITWISE:
+        elif type(module) in POOLING and source is not None:
+            image = model.get_submodule(source).weight.ndim == 4 and not flat
+            source = source if image else None
+        elif type(module) not in UNITWISE:
             source = None
 
 
@@ -327,7 +334,11 @@ def _kept(
     known = units(model)
     unknown = [name for name in removed if name not in known]
     if unknown:
-        raise ValueError(f"no units are named {unknown}; the model has {list(known)}")
+        raise ValueError(
+            f"no units are named {unknown}; the model has {list(known)}. In a chain, nothing may"
+            " stand between a unit and its reader that mixes units or has their number, such as"
+            " BatchNorm"
+        )
     touched = {n for name in removed for n in (*known[name].rows, known[name].reader)}
     kept = {
         name: tuple(
