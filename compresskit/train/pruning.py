@@ -362,7 +362,8 @@ def iterative_magnitude(
         and `after` are taken
     folder : Path
         every finished round is written there, whole or not at all, and not trained again; None:
-        nothing is written
+        nothing is written. A folder belongs to one loss, one list of batches and one loop, which
+        cannot be compared: use a new one when any of these changes
 
     Returns
     -------
