@@ -3,7 +3,7 @@
 All arms of a seed keep the same numbers of weights in every layer, and the last training of each
 sees the same batches in the same order for as many updates (an arm that goes back to a later step
 for that many fewer, so that weights and step agree; the arm that is trained as long as all rounds
-together for more). They differ in one thing each, which `ARMS` says.
+together for more). How else they differ, `ARMS` says.
 
 (Over 200 lines, half of them what the arms are and what the records mean.)
 """
