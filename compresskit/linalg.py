@@ -226,11 +226,16 @@ def check_square(matrix: Tensor) -> None:
         raise ValueError(f"shape {tuple(matrix.shape)}; a square matrix is needed, like (64, 64)")
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one pass: least and largest hand both of them on."""
+    return not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())
+
+
 def check_weight(weight: Tensor) -> None:
     """Refuse anything but a finite matrix with an entry or more (`ValueError`)."""
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(
             f"shape {tuple(weight.shape)}; a non-empty matrix is needed, like (64, 128)"
         )
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError("the weight holds NaN or infinite values; find out where they come from")

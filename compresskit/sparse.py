@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from compresskit import bits
 from compresskit.code import Array, Bits, Code, Leaf, check_float, check_shape
+from compresskit.linalg import all_finite
 
 _LARGEST = 1 << 16  # patterns within a group: above it a table of them is no longer small
 _MOST = 1 << 28  # entries of a mask of which less than a bit each is stored: 256 MiB in memory
@@ -172,9 +173,12 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if not count or not scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
     limit = scores.kthvalue(count, dim=1, keepdim=True).values
-    below, tied = scores < limit, scores == limit
-    room = count - below.sum(1, keepdim=True)
-    return below | (tied & (tied.cumsum(1) <= room))
+    gone = scores <= limit  # at least `count` of each row, and more only where some are equal
+    if gone.count_nonzero() > count * len(scores):
+        below = scores < limit
+        room = count - below.sum(1, keepdim=True)
+        gone = below | (gone & ((gone & ~below).cumsum(1) <= room))
+    return gone
 
 
 def pooled_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -266,7 +270,7 @@ class Sparse(Code):
                 f" {tuple(weight.shape)}; a bool mask of the same shape is needed"
             )
         kept = weight.detach()[mask].to(dtype)
-        if not torch.isfinite(kept).all():
+        if not all_finite(kept):
             raise ValueError(f"a weight is out of the range of {dtype}; use dtype=torch.float32")
         return cls(Array(kept), mask_code(mask))
 
@@ -564,7 +568,7 @@ class GroupRanks(Mask):
         for m in range(2, 17):
             if not mask.numel() or not mask.ndim or mask.shape[-1] % m:
                 continue
-            ones = mask.reshape(-1, m).sum(1)
+            ones = mask.reshape(-1, m).sum(1, dtype=torch.uint8)
             if (ones == ones[0]).all():
                 return cls(mask, int(ones[0]), m)
         raise ValueError("no groups of 2 to 16 entries hold equally many ones; use mask_code(mask)")
@@ -673,7 +677,7 @@ def _scores(scores: Tensor) -> Tensor:
 
 def _gaps(flat: np.ndarray) -> np.ndarray:
     """How many zeros stand before each one, since the one before."""
-    return np.diff(np.flatnonzero(flat), prepend=-1) - 1
+    return np.diff(np.flatnonzero(flat.astype(bool)), prepend=-1) - 1  # of bool it is fast
 
 
 def _histogram(gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ class InputStats:
         x = x.detach().float()
         with torch.autocast(x.device.type, enabled=False):  # the model may run under one
             second = x.T @ x / len(x)
-        if not torch.isfinite(second).all():
+        if not linalg.all_finite(second):
             raise ValueError("the inputs, or their squares, are not finite in float32")
         return cls(len(x), second, x.abs().mean(0), x.abs().amax(0))
 

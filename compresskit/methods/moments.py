@@ -28,7 +28,7 @@ def checked(weight: Tensor, stats: InputStats | None) -> tuple[Tensor, InputStat
             f"moments of {len(stats.second)} inputs for a weight with {columns}; collect them from"
             f" this layer, or give InputStats.isotropic({columns})"
         )
-    if not torch.isfinite(stats.second).all():
+    if not linalg.all_finite(stats.second):
         raise ValueError("the second moments hold NaN or infinite values; check the inputs")
     moments = (stats.second, stats.mean_abs, stats.max_abs)
     tensors = (moment.detach().to(weight.device).float() for moment in moments)

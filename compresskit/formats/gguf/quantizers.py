@@ -9,6 +9,7 @@ from torch import Tensor
 from compresskit.formats.gguf.blocks import Blocks, block_type
 from compresskit.formats.gguf.k_quants import K_QUANTS, searched
 from compresskit.formats.gguf.legacy import QUANTIZERS
+from compresskit.linalg import all_finite
 
 #: The type that llama.cpp takes where 256 does not divide a row.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
@@ -90,7 +91,7 @@ def _checked(array: Tensor | np.ndarray, type: str, size: int) -> Tensor:
         )
     if weight.dtype == torch.float64:
         weight = weight.float()
-    if not torch.isfinite(torch.stack(weight.aminmax())).all():  # NaN is passed on by both
+    if not all_finite(weight):
         raise ValueError("weights that are NaN or infinite; no block format stands for them")
     return weight
 
