@@ -15,19 +15,21 @@ from compresskit import linalg
 from compresskit.code import Array, Bits, Code, Leaf
 
 
-def _dynamic() -> Tensor:
+def _dynamic(signed: bool) -> Tensor:
     """+-10^(e-6) (0.1 + 0.9 (j + 1/2) / 2^e) for e = 0..6 and j < 2^e, and 0 and 1.
+
+    Without a sign j < 2^(e+1), and 2^(e+1) for 2^e.
 
     Rounded to float32 at every step at which bitsandbytes rounds, for the same last bits.
     """
     f = np.float32
     found = [f([0, 1])]
     for e in range(7):
-        count = 2**e
+        count = 2**e if signed else 2 ** (e + 1)
         j, step = np.arange(count + 1), float((f(1) - f(0.1)) / f(count))
         ends = f(np.where(2 * j < count, float(f(0.1)) + j * step, 1 - (count - j) * step))
         means = f(10.0 ** (e - 6)) * ((ends[:-1] + ends[1:]) / f(2))
-        found += [means, -means]
+        found += [means, -means] if signed else [means]
     return torch.from_numpy(np.sort(np.concatenate(found)))
 
 
@@ -42,7 +44,8 @@ TABLES = {
          0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
     ),
     "fp4": torch.tensor([*_FP4, 0.0, *(-value for value in _FP4[1:])]),
-    "dynamic8": _dynamic(),
+    "dynamic8": _dynamic(signed=True),
+    "dynamic8 unsigned": _dynamic(signed=False),
 }  # fmt: skip
 """The tables that formats agree on: part of the formula, so a code that names one pays nothing."""
 SECOND_BLOCK = 256  # scales that share a scale of their own, in double quantization

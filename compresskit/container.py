@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,27 +25,41 @@ from torch import Tensor, nn
 
 from compresskit.affine import Quantized
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
-from compresskit.code import Array, Bits, Code, Leaf, Sum, Trits
+from compresskit.code import Array, Bits, Code, Leaf, Packed, Sum, Trits
 from compresskit.codebook import Codebook
 from compresskit.files import replacing
 from compresskit.formats.gguf import Blocks
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
+from compresskit.lowrank import Adapter, LowRank
 from compresskit.model import compress, uncompressed
 from compresskit.sparse import Golomb, GroupRanks, RunLengths, Sparse
 
 VERSION = 1
 NODES = {
     cls.__name__: cls
-    for cls in (Codebook, InBasis, Integer, Permutation, Quantized, Rotation, Scales, Sparse, Sum)
+    for cls in (
+        Codebook, InBasis, Integer, LowRank, Permutation, Quantized, Rotation, Scales, Sparse, Sum
+    )
+}  # fmt: skip
+LEAVES = {
+    cls.__name__: cls
+    for cls in (Array, Bits, Blocks, Golomb, GroupRanks, Packed, RunLengths, Trits)
 }
-LEAVES = {cls.__name__: cls for cls in (Array, Bits, Blocks, Golomb, GroupRanks, RunLengths, Trits)}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NO_SUM = "0" * 64
+# PEFT's names of an adapter's files and tensors, and the options that must be as usual.
+_ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT, _A, _B = "base_model.model.", "lora_A.weight", "lora_B.weight"
+_MAGNITUDE = "lora_magnitude_vector"
+_PLAIN = {
+    "bias": "none", "lora_bias": False, "fan_in_fan_out": False, "modules_to_save": None,
+    "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
+}  # fmt: skip
 
 
 class ContainerError(ValueError):
@@ -169,6 +184,146 @@ def read(path: str | Path) -> Contents:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         reason = reason or type(error).__name__
         raise ContainerError(f"{path} is not a sound compresskit file: {reason}") from error
+
+
+def save_adapters(
+    adapters: Mapping[str, Adapter], folder: str | Path, *, dropout: float = 0.0
+) -> int:
+    """Write the adapters of one model alone, in the layout that the library PEFT reads.
+
+    Parameters
+    ----------
+    adapters : mapping
+        layer name -> Adapter; ranks and scales may differ between layers
+    folder : str or Path
+        made if it is not there; gets `adapter_model.safetensors` and `adapter_config.json`, each
+        written whole or not at all
+    dropout : float
+        noted for whoever trains on
+
+    Returns
+    -------
+    int : bytes of both files
+
+    Raises
+    ------
+    ValueError : no adapter, or a mixture of kinds (with and without magnitudes, or scalings),
+        which the layout cannot say
+    """
+    if not adapters:
+        raise ValueError("no adapter to write; train.lora.adapters(model) gives those of a model")
+    kinds = {(a.magnitude is not None, a.rank_stabilized) for a in adapters.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "adapters with and without magnitudes, or with different scalings; write each kind to"
+            " a folder of its own"
+        )
+    ((dora, stabilized),) = kinds
+    tensors = {}
+    for name, adapter in adapters.items():
+        found = {_A: adapter.a, _B: adapter.b, _MAGNITUDE: adapter.magnitude}
+        for key, tensor in found.items():
+            if tensor is not None:
+                tensors[f"{_PEFT}{name}.{key}"] = _storable(name, tensor.detach())
+    ranks = {name: adapter.rank for name, adapter in adapters.items()}
+    alphas = {name: adapter.alpha for name, adapter in adapters.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(adapters),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_rslora": stabilized,
+        "use_dora": dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+    files = {
+        _ADAPTER_WEIGHTS: serialized(tensors, {"format": "pt"}),
+        _ADAPTER_CONFIG: json.dumps(config, indent=2).encode(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        with replacing(folder / name) as file:
+            file.write(data)
+    return sum(map(len, files.values()))
+
+
+def load_adapters(folder: str | Path) -> dict[str, Adapter]:
+    """The adapters that `save_adapters`, or PEFT's `save_pretrained`, wrote.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Returns
+    -------
+    dict : layer name -> Adapter, in float32
+
+    Raises
+    ------
+    ContainerError : (a `ValueError`) damaged files, another method's adapters, or what this
+        package does not do: adapters of embeddings or convolutions, trained biases, whole layers
+    FileNotFoundError : no such files
+    """
+    folder = Path(folder)
+    text, data = ((folder / name).read_bytes() for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS))
+    try:
+        return _adapters(json.loads(text), dict(safetensors.deserialize(data)))
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError,
+            OverflowError, safetensors.SafetensorError) as error:  # fmt: skip
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        raise ContainerError(f"{folder} holds no sound adapters: {reason}") from error
+
+
+def _adapters(config: dict, tensors: Mapping[str, dict]) -> dict[str, Adapter]:
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"peft_type {config['peft_type']!r}; only LORA is read")
+    for name, plain in _PLAIN.items():
+        if config.get(name, plain) not in (plain, None, [], {}):
+            raise ValueError(f"{name}={config[name]!r}; only {plain!r} is read")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, raw in tensors.items():
+        stem = name.removesuffix(".weight") if _MAGNITUDE in name else name
+        key = next((key for key in (_A, _B, _MAGNITUDE) if stem.endswith(f".{key}")), None)
+        if key is None or not stem.startswith(_PEFT):
+            raise ValueError(f"a tensor {name!r}, which belongs to no adapter of a linear layer")
+        layer = stem.removeprefix(_PEFT).removesuffix(f".{key}")
+        tensor = _tensor(raw)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name!r} is {tensor.dtype}; adapters are floating-point numbers")
+        found.setdefault(layer, {})[key] = tensor.float()
+    if not found:
+        raise ValueError("no adapter in it")
+    return {layer: _adapter(layer, found[layer], config) for layer in sorted(found)}
+
+
+def _adapter(layer: str, parts: Mapping[str, Tensor], config: dict) -> Adapter:
+    """One layer's adapter; a pattern counts where it is the end of the layer's name, as in PEFT."""
+    dora = bool(config.get("use_dora", False))
+    if parts.keys() != {_A, _B} | ({_MAGNITUDE} if dora else set()):
+        raise ValueError(f"{layer!r} has {sorted(parts)}, with use_dora={dora}")
+
+    def setting(pattern: str, usual: str) -> float:
+        for end, value in (config.get(pattern) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({end})", layer):
+                return value
+        return config[usual]
+
+    rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
+    stabilized = bool(config.get("use_rslora", False))
+    adapter = Adapter(parts[_A], parts[_B], float(alpha), stabilized, parts.get(_MAGNITUDE))
+    if adapter.rank != rank:
+        raise ValueError(f"{layer!r} has rank {adapter.rank}; its configuration says {rank}")
+    return adapter
 
 
 def _contents(data: bytes) -> Contents:

@@ -95,7 +95,9 @@ class Compressed(nn.Module):
         # Classes and plain fields of the formula; the bytes are in the buffers alone.
         self._formula = code.to("meta")
         for path, leaf in code.leaves().items():
-            self.register_buffer(_buffer_name(path), leaf.tensor.detach().clone())
+            # Contiguous, as a file gives them back: products add in an order that follows strides.
+            tensor = leaf.tensor.detach().clone(memory_format=torch.contiguous_format)
+            self.register_buffer(_buffer_name(path), tensor)
         bias = getattr(layer, "bias", None)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.kernel_shape = tuple(layer.weight.shape)

@@ -1,4 +1,4 @@
-"""The matrices that methods share: damping, factors and spectra, and Hadamard's rotations.
+"""The matrices that methods share: damping, factors, spectra, ranges, and Hadamard's rotations.
 
 (Over 200 lines, more than half of them statements and refusals.)
 """
@@ -93,6 +93,49 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     if not torch.isfinite(matrix).all():
         raise ValueError("the matrix holds values that are not finite; check the data behind it")
     return torch.linalg.eigvalsh(matrix.double())
+
+
+def range_finder(matrix: Tensor, size: int, *, power: int = 2, seed: int = 0) -> Tensor:
+    """Orthonormal columns that nearly span what a matrix returns: of (A A^T)^power A G, G Gaussian.
+
+    Parameters
+    ----------
+    matrix : (m, n) tensor
+        float32 or float64
+    size : int
+        columns wanted, 1 to min(m, n)
+    power : int
+        0 or more. A step multiplies the matrix twice and raises the ratios of its singular values
+        to a power higher by two, so that small ones stop disturbing
+    seed : int
+        of G, drawn on the CPU
+
+    Returns
+    -------
+    (m, size) tensor Q with Q^T Q = I
+
+    Raises
+    ------
+    ValueError : a size or power out of range
+
+    Notes
+    -----
+    Orthonormalized after every product, without which small directions drown in rounding errors.
+    Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53, 2011,
+    algorithm 4.4.
+    """
+    rows, columns = matrix.shape
+    if not 1 <= size <= min(rows, columns) or power < 0:
+        raise ValueError(
+            f"size={size}, power={power} for a ({rows}, {columns}) matrix; size must be 1 to"
+            f" {min(rows, columns)}, and power 0 or more, for instance 2"
+        )
+    draw = torch.randn(columns, size, generator=torch.Generator().manual_seed(seed))
+    basis = torch.linalg.qr(matrix @ draw.to(matrix)).Q
+    for _ in range(power):
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    return basis
 
 
 def hadamard(n: int) -> Tensor:

@@ -15,7 +15,7 @@ PACKAGE = Path(compresskit.__file__).parent
 LINES = [
     {"bits", "files", "theory", "data"},
     {"code", "linalg"},
-    {"affine", "codebook", "sparse", "losses", "formats"},
+    {"affine", "codebook", "lowrank", "sparse", "losses", "formats"},
     {"basis", "integer", "models"},
     {"stats"},
     {"methods"},

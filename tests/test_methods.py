@@ -27,12 +27,16 @@ from compresskit.methods import (
     obq,
     obs,
     random,
+    randomized_svd,
+    residual,
     round_to_nearest,
     sign,
     smooth,
     sparsegpt,
+    svd,
     ternary,
     wanda,
+    whitened_svd,
 )
 from compresskit.model import compress
 from compresskit.sparse import Pattern
@@ -90,10 +94,33 @@ METHODS = {
     "obs": partial(obs, pattern=Pattern(0.5)),
     "obs 2:4": partial(obs, pattern=Pattern.n_of_m(2, 4)),
     "sparsegpt int4": partial(sparsegpt, pattern=Pattern(0.5), spec=QuantSpec(4, group_size=10)),
+    "svd": partial(svd, rank=5, dtype=torch.float32),
+    "svd half": partial(svd, rank=9),
+    "svd int8": partial(svd, rank=5, factors=partial(round_to_nearest, spec=QuantSpec(8))),
+    "randomized_svd": partial(randomized_svd, rank=5, dtype=torch.float32),
+    "whitened_svd": partial(whitened_svd, rank=5, dtype=torch.float32),
+    "whitened_svd half": partial(whitened_svd, rank=5),
+    "whitened_svd int4": partial(
+        whitened_svd, rank=5, factors=partial(gptq, spec=QuantSpec(4), fit=affine.mse)
+    ),
+    "rank 2 and int4": partial(
+        residual,
+        first=partial(svd, rank=2, dtype=torch.float32),
+        second=partial(round_to_nearest, spec=QuantSpec(4, group_size=10)),
+    ),
+    "int3 and rank 2": partial(
+        residual,
+        first=partial(round_to_nearest, spec=QuantSpec(3, group_size=10)),
+        second=partial(svd, rank=2, dtype=torch.float32),
+        rounds=3,
+    ),
 }
+# A matrix of one row or column is smaller than two factors.
+FACTORED = {name for name in METHODS if "svd" in name or "rank" in name}
 # Of many starts they keep the best: moments that differ in their last digit may prefer another,
-# equally good to within a percent or so.
+# equally good to within a percent or so. Rounded factors may fall on the other side.
 SEARCHES = {name for name in METHODS if name.startswith("blocks Q") and name.endswith("_K")}
+SEARCHES |= {"whitened_svd half", "whitened_svd int4"}
 # What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
 REDUCES_TO = {name: name for name in METHODS}  # rounding to nearest ignores the inputs
 REDUCES_TO |= {"obq": "int4 groups"}
@@ -102,6 +129,7 @@ REDUCES_TO |= {"gptq groups": "int4 groups", "gptq static groups": "int4 groups"
 REDUCES_TO |= {"awq groups": "int4 groups"}
 REDUCES_TO |= {"wanda": "magnitude", "wanda 2:4": "magnitude 2:4", "sparsegpt": "magnitude"}
 REDUCES_TO |= {"obs": "magnitude", "obs 2:4": "magnitude 2:4"}
+REDUCES_TO |= {"whitened_svd": "svd"}
 REDUCES_TO |= {"sparsegpt layer": "magnitude layer", "sparsegpt 2:4": "magnitude 2:4"}
 
 
@@ -204,7 +232,11 @@ def test_half_precision_and_strided_weights_are_taken_for_their_values(name, dty
 def test_a_matrix_of_one_row_or_one_column_is_accepted(name, columns):
     for shape in ((1, columns), (12, 1), (1, 1)) if columns == 37 else ((1, columns),):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        assert METHODS[name](weight, InputStats.isotropic(shape[1])).shape == shape
+        if name in FACTORED:
+            with pytest.raises(ValueError, match="smaller than two factors"):
+                METHODS[name](weight, InputStats.isotropic(shape[1]))
+        else:
+            assert METHODS[name](weight, InputStats.isotropic(shape[1])).shape == shape
 
 
 @every

@@ -15,12 +15,16 @@ from compresskit.methods.nf4 import nf4
 from compresskit.methods.obq import obq
 from compresskit.methods.obs import obs
 from compresskit.methods.random import random
+from compresskit.methods.randomized_svd import randomized_svd
+from compresskit.methods.residual import residual
 from compresskit.methods.round_to_nearest import round_to_nearest
 from compresskit.methods.sign import sign
 from compresskit.methods.smooth import smooth
 from compresskit.methods.sparsegpt import sparsegpt
+from compresskit.methods.svd import svd
 from compresskit.methods.ternary import ternary
 from compresskit.methods.wanda import wanda
+from compresskit.methods.whitened_svd import whitened_svd
 
 __all__ = [
     "awq",
@@ -38,10 +42,14 @@ __all__ = [
     "obq",
     "obs",
     "random",
+    "randomized_svd",
+    "residual",
     "round_to_nearest",
     "sign",
     "smooth",
     "sparsegpt",
+    "svd",
     "ternary",
     "wanda",
+    "whitened_svd",
 ]

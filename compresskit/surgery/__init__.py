@@ -1,9 +1,11 @@
 """Models rebuilt, by their structure and not by their codes: model -> dense model.
 
-Layers, heads, neurons and channels are taken out; scales and rotations that leave the function as
-it is are folded into the weights, so that what is compressed afterwards is easier to compress.
+Layers, heads, neurons and channels are taken out; products become two layers; scales and rotations
+that leave the function as it is are folded into the weights, so that what is compressed afterwards
+is easier to compress.
 """
 
+from compresskit.surgery.factors import factorized
 from compresskit.surgery.layers import keep_layers
 from compresskit.surgery.removal import (
     Units,
@@ -20,6 +22,7 @@ from compresskit.surgery.smoothing import smooth, sources_of
 __all__ = [
     "ResidualRotation",
     "Units",
+    "factorized",
     "filter_norms",
     "keep_layers",
     "remove",

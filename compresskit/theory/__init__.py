@@ -8,7 +8,8 @@ bounds on a student's risk of chapter 4, which contain divergences in nats and n
 except the length of a code; `quantizers` has the scalar quantizers of chapter 7;
 `straight_through` compares the gradient that training for low precision makes up, in chapter 10,
 with the true one where that is known; `blocks` has the error of the block formats of chapter 11;
-`pruning` has what pruning removes and what a mask costs, of chapter 12.
+`pruning` has what pruning removes and what a mask costs, of chapter 12; `low_rank` has what a
+matrix of low rank cannot be below, of chapters 15 and 16.
 """
 
 from compresskit.theory.blocks import BlockError, absmax_block_error, minmax_block_error
@@ -45,6 +46,16 @@ from compresskit.theory.learning import (
     rademacher_finite,
     rademacher_signs,
     softmax_complexity,
+)
+from compresskit.theory.low_rank import (
+    Truncation,
+    degrees_of_freedom,
+    gaussian_energy,
+    noise_share,
+    random_range,
+    random_range_spectral,
+    truncation,
+    vanished,
 )
 from compresskit.theory.pruning import (
     MaskBounds,
@@ -146,4 +157,12 @@ __all__ = [  # noqa: RUF022
     "entropy_break_even",
     "golomb_parameter",
     "golomb_bits",
+    "Truncation",
+    "truncation",
+    "random_range",
+    "random_range_spectral",
+    "noise_share",
+    "gaussian_energy",
+    "degrees_of_freedom",
+    "vanished",
 ]

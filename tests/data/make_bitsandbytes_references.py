@@ -25,6 +25,7 @@ zeros = torch.zeros(4, BLOCK)
 zeros[1, 3], zeros[2] = 1e-3, -2.5
 
 found = {"weight": weight.half(), "zeros": zeros, "dynamic8": functional.create_dynamic_map()}
+found["dynamic8 unsigned"] = functional.create_dynamic_map(signed=False)
 inputs = {
     "float32": weight,
     "bfloat16": weight.bfloat16(),
