@@ -122,11 +122,10 @@ def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine(task):
             seen.append([group["lr"] for group in self.param_groups])
             super().step()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Spy)
-        model = network()
-        groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.5}]
-        fit(model, cross_entropy, [task] * 8, rate=1.0, warmup=2, parameters=groups)
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.5}]
+    batches = [task] * 8
+    fit(model, cross_entropy, batches, rate=1.0, warmup=2, parameters=groups, optimizer=Spy)
     expected = [min(1, (t + 1) / 2) * (1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)]
     assert [first for first, _ in seen] == pytest.approx(expected)
     assert [second for _, second in seen] == pytest.approx([rate / 2 for rate in expected])

@@ -1,5 +1,12 @@
-"""Training: one loop, the ways of distillation built on it, through a code, and with zeros."""
+"""Training: one loop, the ways of distillation built on it, through a code, with zeros, adapters.
 
+`lora` attaches low-rank adapters and `memory` counts what training holds; both are modules, since
+their names are short where they stand for themselves.
+"""
+
+from compresskit.train import lora as lora
+from compresskit.train import memory as memory
+from compresskit.train.adam8bit import AdamW8bit
 from compresskit.train.distillation import IGNORED as IGNORED
 from compresskit.train.distillation import (
     cached_logits,
@@ -25,6 +32,7 @@ from compresskit.train.pruning import (
 )
 from compresskit.train.quantization_aware import converted, learned_steps, quantization_aware
 from compresskit.train.sparsity import expected_l0, gated, l1_norm, proximal_l1, soft_threshold
+from compresskit.train.subspace import Subspace
 
 # The order of the reference page.
 __all__ = [  # noqa: RUF022
@@ -56,4 +64,6 @@ __all__ = [  # noqa: RUF022
     "proximal_l1",
     "gated",
     "expected_l0",
+    "AdamW8bit",
+    "Subspace",
 ]

@@ -107,13 +107,14 @@ def fit(
     start: int = 0,
     after: Callable[[nn.Module, int, float], None] | None = None,
     parameters: Iterable | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     every: int | None = None,
     checkpoint: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Run:
-    """Train `model` in place by AdamW: one update for each batch, in order.
+    """Train `model` in place, by AdamW if no other is named: one update for each batch, in order.
 
     The learning rate of step t of n is rate * min(1, (t + 1) / warmup) * (1 + cos(pi t / n)) / 2.
 
@@ -145,6 +146,8 @@ def fit(
     parameters : iterable
         what is updated: parameters, or the groups that `torch.optim` takes; None means all that
         require a gradient
+    optimizer : callable
+        (parameters, lr=, betas=, weight_decay=) -> optimizer
     evaluate : callable
         model -> {name: value}; the weights kept at the end are those with the lowest first value
     every : int
@@ -188,8 +191,8 @@ def fit(
     chosen = (
         [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
     )
-    optimizer = torch.optim.AdamW(chosen, lr=rate, betas=betas, weight_decay=decay)
-    tops = [group["lr"] for group in optimizer.param_groups]
+    stepper = optimizer(chosen, lr=rate, betas=betas, weight_decay=decay)
+    tops = [group["lr"] for group in stepper.param_groups]
     made = {
         "steps": steps,
         "seed": seed,
@@ -198,7 +201,7 @@ def fit(
         "warmup": warmup,
         "betas": list(betas),
         "clip": clip,
-        "decay": [group["weight_decay"] for group in optimizer.param_groups],
+        "decay": [group["weight_decay"] for group in stepper.param_groups],
         "recipe": _plain(recipe or {}),
         "shapes": [list(p.shape) for p in model.parameters()],
     }
@@ -206,16 +209,16 @@ def fit(
     if checkpoint is not None and Path(checkpoint).is_file():
         state = _resumed(Path(checkpoint), made)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        stepper.load_state_dict(state["optimizer"])
     bar = tqdm(total=steps, initial=state["step"], disable=not progress, unit="step")
     # `evaluating` puts every module back into its mode, however the run ends
     with evaluating(model), bar, torch.random.fork_rng(devices=_gpus(model)):
         model.train()
         for step in range(state["step"], steps):
             _reseed(seed + 7_919 * (step + 1), _gpus(model))
-            for group, top in zip(optimizer.param_groups, tops, strict=True):
+            for group, top in zip(stepper.param_groups, tops, strict=True):
                 group["lr"] = _rate_at(step, steps, top, warmup)
-            state["losses"].append(_update(model, optimizer, loss, batches[step], clip, step))
+            state["losses"].append(_update(model, stepper, loss, batches[step], clip, step))
             if after is not None:
                 with torch.no_grad():
                     after(model, step + 1, _rate_at(step, steps, rate, warmup))
@@ -227,7 +230,7 @@ def fit(
                 _judge(model, evaluate, state)
                 bar.set_postfix(state["curve"][-1])
             if checkpoint is not None:
-                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"model": model.state_dict(), "optimizer": stepper.state_dict()}
                 _replace(Path(checkpoint), state)
     if state["best"] is not None:
         model.load_state_dict(state["best"])
