@@ -32,6 +32,7 @@ from compresskit.formats import gguf
 from compresskit.methods import round_to_nearest
 from compresskit.model import Method, layers, tables
 from compresskit.recipes import (
+    adaptation,
     block_formats,
     criteria,
     distillation,
@@ -40,6 +41,7 @@ from compresskit.recipes import (
     latency,
     lottery,
     low_precision,
+    low_rank,
     one_shot,
     quantization,
     sentence_student,
@@ -292,6 +294,39 @@ def fine_tuned_after_pruning() -> Tasks:
     yield from grid(one_shot.fine_tuned, pattern=["70 %", "2:4"], **criteria, seed=[0], steps=[40])
 
 
+def truncated() -> Tasks:
+    """Chapter 15: low rank, low rank of few bits, and grids, at equal bytes; and the control."""
+    for way, bits in itertools.product(low_rank.WAYS, (8, 6, 4, 3, 2)):
+        if ("GPTQ" in way or "int4" in way or "then" in way) and bits in (8, 6):
+            continue  # a rank above the largest, or a grid that leaves nothing to see
+        fields = {"way": way, "budget": bits}
+        yield from minilm_board(15, {f"{way}, {bits} bits": low_rank.plan(way, bits)}, **fields)
+    for calibration in ("shuffled", "noise"):
+        fields = {"way": "whitened SVD", "budget": 8, "calibration": calibration}
+        plan = low_rank.plan("whitened SVD", 8)
+        yield from minilm_board(15, {"whitened SVD, 8 bits": plan}, **fields)
+
+
+def adapted(domain: str) -> Tasks:
+    """Chapter 16: the byte model adapted to another text, in full and by adapters.
+
+    Rates are tried with the first seed; the best by the calibration split gets the others.
+    """
+    yield from grid(adaptation.before, domain=[domain], base=["float32", "NF4"])
+    for seeds, count in (([0], None), ([1, 2], 1)):
+        for (way, rank, where), rates in adaptation.ARMS[domain].items():
+            arm = {"way": [way], "rank": [rank], "layers": [where], "domain": [domain]}
+            yield from grid(adaptation.adapted, seed=seeds, rate=rates[:count], **arm)
+
+
+def subspaces() -> Tasks:
+    """Chapter 16: how many random directions of all weights an adaptation needs."""
+    for seeds, count in (([0], None), ([1, 2], 1)):
+        for dimension, rates in adaptation.DIMENSIONS.items():
+            arm = {"dimension": [dimension], "seed": seeds, "rate": rates[:count]}
+            yield from grid(adaptation.within_subspace, **arm)
+
+
 def board(function: Callable[..., dict], *, chapter: int, model: str, **choices) -> Tasks:
     """The tasks of `grid`, as records of the scoreboard."""
     for settings, task in grid(function, **choices):
@@ -414,6 +449,10 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "04_poor_teachers": poor_teachers,
     "05_minilm_student": sentence_student.tasks,
     "05_pydoc_students": pydoc_students,
+    "scoreboard/15_truncated": truncated,
+    "16_code": partial(adapted, "code"),
+    "16_permuted": partial(adapted, "permuted"),
+    "16_subspaces": subspaces,
 }
 
 

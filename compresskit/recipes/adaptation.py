@@ -37,7 +37,7 @@ ARMS = {
         ("matrices", 0, "all"): (3e-3, 1e-3, 1e-2),
         ("full, 8-bit Adam", 0, "all"): (3e-3,),
         **{("LoRA", r, "all"): (1e-2, 3e-3, 3e-2) for r in (1, 2, 4, 8, 16, 64)},
-        ("LoRA", 40, "q, v"): (1e-2, 3e-3, 3e-2),
+        ("LoRA", 40, "q, v"): (3e-2, 1e-2, 3e-3),
         ("QLoRA", 8, "all"): (1e-2,),
         ("QLoRA", 64, "all"): (1e-2,),
         ("rsLoRA", 64, "all"): (3e-3, 1e-2, 1e-3),
@@ -46,11 +46,16 @@ ARMS = {
     "permuted": {
         ("full", 0, "all"): (3e-3, 1e-3, 1e-2),
         ("matrices", 0, "all"): (3e-3, 1e-3, 1e-2),
-        **{("LoRA", r, "all"): (1e-2, 3e-2, 3e-3) for r in (1, 8, 64)},
+        **{("LoRA", r, "all"): (3e-3, 1e-2, 3e-2) for r in (1, 8, 64)},
     },
 }
 #: Directions -> rates that are tried with the first seed, the best first.
-DIMENSIONS = {d: (1e-2, 1e-1, 1e-3) for d in (100, 1_000, 10_000, 100_000)}
+DIMENSIONS = {
+    100: (1.0, 0.1, 1e-2),
+    1_000: (0.1, 0.3, 1.0),
+    10_000: (0.1, 0.3, 3e-2),
+    100_000: (3e-2, 1e-2, 3e-3),
+}
 
 
 @cache
