@@ -314,7 +314,9 @@ def _adapter(layer: str, parts: Mapping[str, Tensor], config: dict) -> Adapter:
 
     def setting(pattern: str, usual: str) -> float:
         for end, value in (config.get(pattern) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({end})", layer):
+            if not re.fullmatch(r"[\w.-]+", end):  # a file's own pattern might never end
+                raise ValueError(f"{pattern} has {end!r}; only names of layers are read")
+            if f".{layer}".endswith(f".{end}"):
                 return value
         return config[usual]
 

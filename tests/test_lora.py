@@ -273,6 +273,17 @@ def test_a_merged_base_of_few_bits_is_dense_or_coded_again(net, x):
     assert not torch.allclose(coded(x), model(x))
 
 
+def test_merging_leaves_other_layers_as_they_are(net):
+    base = four_bits(net)
+    model = lora.attach(base, random_adapters(net, ["block.q"]), name="one")
+    model = lora.attach(model, random_adapters(net, ["block.v"]), name="two")
+    merged = lora.merged(model, "one")
+    assert type(merged.block["q"]) is nn.Linear
+    assert torch.equal(merged.block["v"].weight, base.block["v"].weight)
+    assert merged.block["v"].code.nbytes == base.block["v"].code.nbytes
+    assert all(p.requires_grad for p in merged.parameters())
+
+
 # --- files and refusals -------------------------------------------------------------------------
 
 
@@ -299,6 +310,7 @@ def changed(folder, **fields):
         (lambda f: changed(f, modules_to_save=["head"]), "modules_to_save"),
         (lambda f: changed(f, r=5), "rank 3"),
         (lambda f: changed(f, use_dora=True), "use_dora"),
+        (lambda f: changed(f, rank_pattern={"(a+)+$": 3}), "only names"),
         (lambda f: changed(f, lora_alpha="much"), "holds no sound"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "holds no sound"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "holds no sound"),

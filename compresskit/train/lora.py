@@ -311,7 +311,8 @@ def merged(model: nn.Module, name: str | None = None, *, method: Method | None =
         the set to merge; None: the active one. The other sets are dropped
     method : callable
         codes the merged matrices of layers whose base is a code; None: those become dense. A grid
-        rounds the update away where it is smaller than half a step
+        rounds the update away where it is smaller than half a step. Layers that this set does not
+        touch keep their base as it is
 
     Returns
     -------
@@ -330,12 +331,13 @@ def merged(model: nn.Module, name: str | None = None, *, method: Method | None =
     coded = []
     for layer, module in _loras(model).items():
         base = module.base
-        if isinstance(base, CompressedLinear):
-            coded.append(layer)
-            base = base.restored()
         if layer in chosen:
+            if isinstance(base, CompressedLinear):
+                coded.append(layer)
+                base = base.restored()
             base.weight.data = chosen[layer].merged(base.weight).to(base.weight.dtype)
         model = replaced(model, layer, base.train(module.training))
+    model.requires_grad_(True)
     return compress(model, dict.fromkeys(coded, method)) if method else model
 
 
