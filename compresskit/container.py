@@ -27,7 +27,9 @@ from compresskit.affine import Quantized
 from compresskit.basis import InBasis, Permutation, Rotation, Scales
 from compresskit.code import Array, Bits, Code, Leaf, Packed, Sum, Trits
 from compresskit.codebook import Codebook
+from compresskit.entropy import Adaptive, Huffman, Rans
 from compresskit.files import replacing
+from compresskit.formats.bf16 import Floats
 from compresskit.formats.gguf import Blocks
 from compresskit.integer import Integer
 from compresskit.layers import Compressed
@@ -44,8 +46,11 @@ NODES = {
 }  # fmt: skip
 LEAVES = {
     cls.__name__: cls
-    for cls in (Array, Bits, Blocks, Golomb, GroupRanks, Packed, RunLengths, Trits)
-}
+    for cls in (
+        Adaptive, Array, Bits, Blocks, Floats, Golomb, GroupRanks, Huffman, Packed, Rans,
+        RunLengths, Trits,
+    )
+}  # fmt: skip
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

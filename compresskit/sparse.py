@@ -276,7 +276,7 @@ class Sparse(Code):
 
     @property
     def kept(self) -> Tensor:
-        mask = self.mask.tensor if isinstance(self.mask, Leaf) else self.mask.decode()
+        mask = self.mask.tensor if isinstance(self.mask, Bits | Mask) else self.mask.decode()
         return mask.bool()
 
     @property

@@ -15,10 +15,11 @@ PACKAGE = Path(compresskit.__file__).parent
 LINES = [
     {"bits", "files", "theory", "data"},
     {"code", "linalg"},
+    {"entropy"},
     {"affine", "codebook", "lowrank", "sparse", "losses", "formats"},
     {"basis", "integer", "models"},
     {"stats"},
-    {"methods"},
+    {"methods", "allocate"},
     {"layers"},
     {"model"},
     {"container", "measure"},

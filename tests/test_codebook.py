@@ -158,9 +158,15 @@ def test_a_hostile_tree_in_a_file_is_refused(message, weight):
 # The standard tables and bitsandbytes
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", TABLES.keys() - {"eighths"})
 def test_the_tables_are_those_of_bitsandbytes_to_the_last_bit(name):
     assert torch.equal(TABLES[name].view(torch.int32), reference(name).view(torch.int32))
+
+
+def test_eighths_of_octaves_are_powers_of_two():
+    expected = torch.exp2((torch.arange(256, dtype=torch.float64) - 128) / 8)
+    torch.testing.assert_close(TABLES["eighths"].double(), expected, rtol=1e-7, atol=0)
+    assert TABLES["eighths"][128::8].log2().frac().eq(0).all()
 
 
 def test_the_published_recipe_gives_the_nf4_table():

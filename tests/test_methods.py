@@ -15,6 +15,7 @@ from compresskit.code import Code
 from compresskit.methods import (
     awq,
     block_format,
+    entropy_gptq,
     fp4,
     gptq,
     hadamard,
@@ -36,6 +37,7 @@ from compresskit.methods import (
     svd,
     ternary,
     wanda,
+    water_filling_gptq,
     whitened_svd,
 )
 from compresskit.model import compress
@@ -115,12 +117,20 @@ METHODS = {
         rounds=3,
     ),
 }
+METHODS |= {
+    "entropy_gptq": partial(entropy_gptq, bits=8),
+    "entropy_gptq shrunk": partial(entropy_gptq, bits=7, shrink=True),
+    "water_filling_gptq": partial(water_filling_gptq, bits=8, shrink=False),
+    "water_filling_gptq shrunk": partial(water_filling_gptq, bits=7),
+}
 # A matrix of one row or column is smaller than two factors.
 FACTORED = {name for name in METHODS if "svd" in name or "rank" in name}
+# Scales take more than a few weights are worth.
+CODED = {name for name in METHODS if "entropy" in name or "filling" in name}
 # Of many starts they keep the best: moments that differ in their last digit may prefer another,
 # equally good to within a percent or so. Rounded factors may fall on the other side.
 SEARCHES = {name for name in METHODS if name.startswith("blocks Q") and name.endswith("_K")}
-SEARCHES |= {"whitened_svd half", "whitened_svd int4"}
+SEARCHES |= CODED | {"whitened_svd half", "whitened_svd int4"}
 # What each becomes when nothing is known of the inputs: (its reduction, tolerance in weights).
 REDUCES_TO = {name: name for name in METHODS}  # rounding to nearest ignores the inputs
 REDUCES_TO |= {"obq": "int4 groups"}
@@ -130,6 +140,8 @@ REDUCES_TO |= {"awq groups": "int4 groups"}
 REDUCES_TO |= {"wanda": "magnitude", "wanda 2:4": "magnitude 2:4", "sparsegpt": "magnitude"}
 REDUCES_TO |= {"obs": "magnitude", "obs 2:4": "magnitude 2:4"}
 REDUCES_TO |= {"whitened_svd": "svd"}
+REDUCES_TO |= {"water_filling_gptq": "entropy_gptq"}
+REDUCES_TO |= {"water_filling_gptq shrunk": "entropy_gptq shrunk"}
 REDUCES_TO |= {"sparsegpt layer": "magnitude layer", "sparsegpt 2:4": "magnitude 2:4"}
 
 
@@ -235,6 +247,12 @@ def test_a_matrix_of_one_row_or_one_column_is_accepted(name, columns):
         if name in FACTORED:
             with pytest.raises(ValueError, match="smaller than two factors"):
                 METHODS[name](weight, InputStats.isotropic(shape[1]))
+        elif name in CODED and len(weight.reshape(-1)) < 12:
+            with pytest.raises(ValueError, match="scales and tables alone take more"):
+                METHODS[name](weight, InputStats.isotropic(shape[1]))
+        elif name in CODED:
+            roomy = partial(METHODS[name], bits=16)
+            assert roomy(weight, InputStats.isotropic(shape[1])).shape == shape
         else:
             assert METHODS[name](weight, InputStats.isotropic(shape[1])).shape == shape
 

@@ -35,7 +35,9 @@ from compresskit.recipes import (
     adaptation,
     block_formats,
     criteria,
+    deep_compression,
     distillation,
+    frontier,
     inheritance,
     language_student,
     latency,
@@ -421,6 +423,53 @@ def lottery_rates() -> Tasks:
     )
 
 
+def deep_compression_stages() -> Tasks:
+    """Chapter 18: every stage of Deep Compression on three classifiers."""
+    choices = {"sparsity": (0.8, 0.9), "bits": (5, 3)}
+    yield from grid(deep_compression.stages, network=criteria.NETWORKS, seed=range(5), **choices)
+
+
+def layer_gaps() -> Tasks:
+    """Chapter 19: bits above the limit for each matrix of MiniLM, by method and rate."""
+    fixed = [("NF4", 4), ("Q4_0", 4)]
+    graded = ("round to nearest", "GPTQ", "GPTQ, then rANS")
+    coded = ("entropy-coded GPTQ", "water-filling", "water-filling, shrunk")
+    for way, bits in fixed + [(w, b) for b in (4, 3, 2) for w in graded + coded]:
+        yield from grid(frontier.gaps, way=[way], bits=[bits])
+    for way in ("water-filling", "water-filling, shrunk"):
+        yield from grid(frontier.gaps, way=[way], bits=[3], control=["shuffled"])
+
+
+def gaps_by_tokens() -> Tasks:
+    """Chapter 19: the same under calibration by more and more text, with more or less damping."""
+    tokens, way = (500, 1000, 2000, 4000, 8000, 16_000, 32_000, 80_000), ["water-filling, shrunk"]
+    yield from grid(frontier.gaps, way=way, bits=[3], tokens=tokens)
+    damps = (1e-4, 1e-2, 3e-2, 1e-1)
+    yield from grid(frontier.gaps, way=way, bits=[3], tokens=(500, 2000, 8000, 80_000), damp=damps)
+
+
+def coded_encoder() -> Tasks:
+    """Chapter 19: the codes with and without a coder on MiniLM, and bits allocated to layers."""
+    coded = ("entropy-coded GPTQ", "water-filling", "water-filling, shrunk")
+    more = tuple(f"water-filling, shrunk, allocated{end}" for end in ("", ", relative"))
+    for bits in (4, 3, 2):
+        for way in ("GPTQ", "GPTQ, then rANS", *coded, *more):
+            chosen = {way: frontier.plan(way, bits)}
+            yield from minilm_board(19, chosen, way=way, bits=bits)
+    for way, bits in (("water-filling, shrunk", 1.5), ("water-filling, shrunk", 1)):
+        yield from minilm_board(19, {way: frontier.plan(way, bits)}, way=way, bits=bits)
+    for calibration in ("shuffled", "noise"):
+        way = "water-filling, shrunk"
+        yield from minilm_board(19, {way: frontier.plan(way, 3)}, calibration, way=way, bits=3)
+
+
+def coded_language_model() -> Tasks:
+    """Chapter 19: perplexity of SmolLM2 in its rotated basis at whole numbers of real bits."""
+    for bits in (3, 2, 4):
+        yield from grid(frontier.language_model, way=["water-filling, shrunk"], bits=[bits])
+    yield from grid(frontier.language_model, way=["entropy-coded GPTQ"], bits=[3])
+
+
 RUNS: dict[str, Callable[[], Tasks]] = {
     "scoreboard/01_first_compression": first_compression,
     "scoreboard/06_uniform_quantizer": uniform_quantizer,
@@ -453,6 +502,11 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "16_code": partial(adapted, "code"),
     "16_permuted": partial(adapted, "permuted"),
     "16_subspaces": subspaces,
+    "18_deep_compression": deep_compression_stages,
+    "19_gaps": layer_gaps,
+    "19_tokens": gaps_by_tokens,
+    "scoreboard/19_frontier": coded_encoder,
+    "19_smollm2": coded_language_model,
 }
 
 

@@ -2,6 +2,7 @@
 
 from compresskit.methods.awq import awq
 from compresskit.methods.block_format import block_format
+from compresskit.methods.entropy_gptq import entropy_gptq
 from compresskit.methods.fp4 import fp4
 from compresskit.methods.gptq import gptq
 from compresskit.methods.hadamard import hadamard
@@ -24,11 +25,13 @@ from compresskit.methods.sparsegpt import sparsegpt
 from compresskit.methods.svd import svd
 from compresskit.methods.ternary import ternary
 from compresskit.methods.wanda import wanda
+from compresskit.methods.water_filling_gptq import water_filling_gptq
 from compresskit.methods.whitened_svd import whitened_svd
 
 __all__ = [
     "awq",
     "block_format",
+    "entropy_gptq",
     "fp4",
     "gptq",
     "hadamard",
@@ -51,5 +54,6 @@ __all__ = [
     "svd",
     "ternary",
     "wanda",
+    "water_filling_gptq",
     "whitened_svd",
 ]

@@ -102,7 +102,8 @@ def gptq(
     if not moving:
         grid = fitted(weight, spec)
         step, zero = (t.T if t.shape[1] == 1 else t.T[visit] for t in grid.by_column())
-        _round(given, target, error, levels, feedback, step, zero, spec, block)
+        round_columns(given, target, error, levels, feedback, step, *_ends(zero, spec), block)
+        levels += zero
         return grid.code(levels[visit.argsort()].T)
     grids = []
     for start in range(0, columns, spec.group_size):
@@ -116,7 +117,8 @@ def gptq(
         grid = fitted((given[group] + absorbed).T, replace(spec, group_size=None))
         step, zero = grid.scale.T, grid.zero.T
         parts = (t[group] for t in (given, target, error, levels))
-        _round(*parts, feedback[group, group], step, zero, spec, block)
+        round_columns(*parts, feedback[group, group], step, *_ends(zero, spec), block)
+        levels[group] += zero
         grids.append(grid)
     scale, zero = (torch.cat([getattr(g, name) for g in grids], 1) for name in ("scale", "zero"))
     grid = Grid(spec, scale, zero, spec.group_size, (rows, columns), scale_dtype)
@@ -124,27 +126,42 @@ def gptq(
     return code if order == "natural" else InBasis(code, Permutation.of(visit))
 
 
-def _round(
+def round_columns(
     given: Tensor,
     target: Tensor,
     error: Tensor,
     levels: Tensor,
     feedback: Tensor,
     step: Tensor,
-    zero: Tensor,
-    spec: QuantSpec,
-    block: int,
+    low: Tensor,
+    high: Tensor,
+    half: float = 0.0,
+    block: int = 128,
 ) -> None:
-    """Round the rows of `given` one after another; fills `error` and `levels`.
+    """Round columns of a matrix one after another, each with the feedback of those before.
 
-    All (k, m) but for `feedback`, (k, k), and `step` and `zero`, which may be (1, m). `target`
-    holds `given` and the feedback of columns that were rounded before these. The formulas are
-    those of `affine.Grid`, on few kernel launches.
+    The formulas are those of `affine.Grid`, on few kernel launches.
+
+    Parameters
+    ----------
+    given : (k, m) tensor
+        the columns, transposed so that each lies in one piece
+    target : (k, m) tensor
+        `given` and the feedback of columns that were rounded before these; overwritten
+    error, levels : (k, m) tensors
+        filled with what each column loses, and with whole numbers (less `half`)
+    feedback : (k, k) tensor
+        row i, at j < i: how far an error of column j moves column i
+    step : (k, m) or (k, 1) or (1, m) tensor
+        a step of 0 stands for a column, or an entry, of zeros
+    low, high : tensors
+        the ends of the grid, of such shapes
+    half : float
+        1/2 for a grid of half-odd numbers
+    block : int
+        columns between two matrix products
     """
-    half = spec.center % 1 if spec.symmetric else 0.0  # the zero point of a 1-bit grid
     divisor = torch.where(step > 0, step, torch.inf)  # an all-zero group has no step
-    low = -zero.floor()
-    high = low + (spec.levels - 1)
     step, divisor, low, high = (t.expand_as(given) for t in (step, divisor, low, high))
     for start in range(0, len(given), block):
         stop = min(start + block, len(given))
@@ -158,4 +175,9 @@ def _round(
             if half:
                 level -= half
             torch.addcmul(given[i], step[i], level, value=-1, out=error[i])
-    levels += zero
+
+
+def _ends(zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, float]:
+    """The least and the largest level less the zero point, and the zero point's half."""
+    low = -zero.floor()
+    return low, low + (spec.levels - 1), spec.center % 1 if spec.symmetric else 0.0

@@ -31,6 +31,7 @@ from compresskit.train.pruning import (
     unmasked,
 )
 from compresskit.train.quantization_aware import converted, learned_steps, quantization_aware
+from compresskit.train.shared import shared_values
 from compresskit.train.sparsity import expected_l0, gated, l1_norm, proximal_l1, soft_threshold
 from compresskit.train.subspace import Subspace
 
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "quantization_aware",
     "learned_steps",
     "converted",
+    "shared_values",
     "masked",
     "unmasked",
     "masks_of",
