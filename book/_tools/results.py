@@ -41,6 +41,7 @@ from compresskit.recipes import (
     inheritance,
     language_student,
     latency,
+    lossless,
     lottery,
     low_precision,
     low_rank,
@@ -429,6 +430,13 @@ def deep_compression_stages() -> Tasks:
     yield from grid(deep_compression.stages, network=criteria.NETWORKS, seed=range(5), **choices)
 
 
+def lossless_coders() -> Tasks:
+    """Chapter 18: coders of BF16 and general-purpose compressors on two models."""
+    yield from grid(lossless.entropies, model=lossless.MODELS)
+    coders = (*lossless.CODERS, *lossless.GENERAL)
+    yield from grid(lossless.sizes, model=lossless.MODELS, coder=coders)
+
+
 def layer_gaps() -> Tasks:
     """Chapter 19: bits above the limit for each matrix of MiniLM, by method and rate."""
     fixed = [("NF4", 4), ("Q4_0", 4)]
@@ -502,6 +510,7 @@ RUNS: dict[str, Callable[[], Tasks]] = {
     "16_code": partial(adapted, "code"),
     "16_permuted": partial(adapted, "permuted"),
     "16_subspaces": subspaces,
+    "18_lossless": lossless_coders,
     "18_deep_compression": deep_compression_stages,
     "19_gaps": layer_gaps,
     "19_tokens": gaps_by_tokens,

@@ -9,10 +9,12 @@ except the length of a code; `quantizers` has the scalar quantizers of chapter 7
 `straight_through` compares the gradient that training for low precision makes up, in chapter 10,
 with the true one where that is known; `blocks` has the error of the block formats of chapter 11;
 `pruning` has what pruning removes and what a mask costs, of chapter 12; `low_rank` has what a
-matrix of low rank cannot be below, of chapters 15 and 16.
+matrix of low rank cannot be below, of chapters 15 and 16; `frontier` how far grids with feedback
+stay from the limit, of chapter 19.
 """
 
 from compresskit.theory.blocks import BlockError, absmax_block_error, minmax_block_error
+from compresskit.theory.frontier import feedback_gap, scale_mismatch, unseen_error
 from compresskit.theory.information import (
     WaterFilling,
     binary_entropy,
@@ -165,4 +167,7 @@ __all__ = [  # noqa: RUF022
     "gaussian_energy",
     "degrees_of_freedom",
     "vanished",
+    "feedback_gap",
+    "scale_mismatch",
+    "unseen_error",
 ]
