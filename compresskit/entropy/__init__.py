@@ -11,6 +11,7 @@ from compresskit.code import Array, Code, Leaf
 from compresskit.entropy.ans import Rans, Scales, rans
 from compresskit.entropy.prefix_codes import Huffman, canonical, huffman, lengths
 from compresskit.entropy.range_coder import Adaptive, adaptive
+from compresskit.entropy.symbols import Stream
 
 __all__ = [
     "Adaptive",
@@ -42,7 +43,7 @@ def coded(code: Code, coder: Callable[[Leaf], Leaf] = rans) -> Code:
     """
 
     def rewritten(path: str, leaf: Leaf) -> Leaf:
-        if isinstance(leaf, Array | Adaptive | Huffman | Rans):
+        if isinstance(leaf, Array | Stream):
             return leaf
         smaller = coder(leaf)
         return smaller if smaller.nbytes < leaf.nbytes else leaf

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from compresskit.code import Leaf
 from compresskit.entropy import tables
-from compresskit.entropy.streams import Reader, check_size, each, small, varint
-from compresskit.entropy.symbols import as_tensor, symbols
+from compresskit.entropy.streams import Reader, each, small, varint
+from compresskit.entropy.symbols import Stream, stored, symbols
 
 LONGEST = 20
 
@@ -100,7 +99,7 @@ def canonical(bits) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Huffman(Leaf):
+class Huffman(Stream):
     """Whole numbers of any shape as a canonical Huffman stream with its table; `huffman` makes it.
 
     Parameters
@@ -116,41 +115,11 @@ class Huffman(Leaf):
     stream was. It gives int32.
     """
 
-    tensor: Tensor
-    size: tuple[int, ...]
-
-    def __post_init__(self):
-        if self.tensor.dtype != torch.uint8 or self.tensor.ndim != 1:
-            raise ValueError(
-                f"a stream is a vector of uint8, not {self.tensor.dtype}; use huffman()"
-            )
-        check_size(self.size)
-
-    def decode(self) -> Tensor:
-        size, count = check_size(self.size)
-        reader = Reader(self.to_bytes())
-        levels = _read(reader, count) if count else np.zeros(0, np.int32)
+    def levels(self, data: bytes, count: int) -> np.ndarray:
+        reader = Reader(data)
+        out = _read(reader, count)
         reader.finish()
-        return as_tensor(levels, size, self.tensor.device)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.size)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel()
-
-    def to_bytes(self) -> bytes:
-        return self.tensor.detach().cpu().numpy().tobytes()
-
-    def header(self) -> dict:
-        return {"size": list(self.size)}
-
-    @classmethod
-    def from_bytes(cls, data: bytes, header: dict) -> Huffman:
-        size, _ = check_size(header.get("size"))
-        return cls(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), size)
+        return out
 
 
 def huffman(levels: Tensor | Leaf) -> Huffman:
@@ -179,19 +148,18 @@ def huffman(levels: Tensor | Leaf) -> Huffman:
 
     Examples
     --------
+    >>> import torch
     >>> text = torch.tensor(list(b"abracadabra" * 100))
     >>> huffman(text).nbytes, huffman(text).decode().equal(text.int())
     (294, True)
     """
     flat, size = symbols(levels)
-    stream = torch.from_numpy(np.frombuffer(_write(flat) if len(flat) else b"", np.uint8).copy())
-    given = levels.tensor if isinstance(levels, Leaf) else levels
-    return Huffman(stream.to(given.device), size)
+    return Huffman(stored(_write(flat) if len(flat) else b"", levels), size)
 
 
 def _write(flat: np.ndarray) -> bytes:
     values, counts = tables.counted(flat)
-    chosen, counts = tables.alphabet(values, counts, largest=1 << 17)
+    chosen, counts = tables.alphabet(values, counts, largest=1 << 17, least=1)
     head = chosen.to_bytes()
     if chosen.entries == 1 and not chosen.width:
         return head

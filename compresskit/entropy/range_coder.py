@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from compresskit.code import Leaf
-from compresskit.entropy.streams import Reader, check_size, numbers, signed, varint
-from compresskit.entropy.symbols import as_tensor, symbols
+from compresskit.entropy.streams import Reader, numbers, signed, varint
+from compresskit.entropy.symbols import Stream, stored, symbols
 
 _DIGITS = 12  # bits of a symbol that are learned; those below are written as they are
 _RISE = 24  # what a count rises by where a symbol passes
@@ -25,7 +24,7 @@ _LIMIT = 1 << 16  # of all counts together; then they are halved, and the past w
 
 
 @dataclass(frozen=True, eq=False)
-class Adaptive(Leaf):
+class Adaptive(Stream):
     """Whole numbers of any shape as the stream of an adaptive range coder; `adaptive` makes it.
 
     Parameters
@@ -35,38 +34,8 @@ class Adaptive(Leaf):
         the shape of what it stands for
     """
 
-    tensor: Tensor
-    size: tuple[int, ...]
-
-    def __post_init__(self):
-        if self.tensor.dtype != torch.uint8 or self.tensor.ndim != 1:
-            raise ValueError(
-                f"a stream is a vector of uint8, not {self.tensor.dtype}; use adaptive()"
-            )
-        check_size(self.size)
-
-    def decode(self) -> Tensor:
-        size, count = check_size(self.size)
-        return as_tensor(decode(self.to_bytes(), count), size, self.tensor.device)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.size)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel()
-
-    def to_bytes(self) -> bytes:
-        return self.tensor.detach().cpu().numpy().tobytes()
-
-    def header(self) -> dict:
-        return {"size": list(self.size)}
-
-    @classmethod
-    def from_bytes(cls, data: bytes, header: dict) -> Adaptive:
-        size, _ = check_size(header.get("size"))
-        return cls(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), size)
+    def levels(self, data: bytes, count: int) -> np.ndarray:
+        return decode(data, count)
 
 
 def adaptive(levels: Tensor | Leaf) -> Adaptive:
@@ -95,13 +64,12 @@ def adaptive(levels: Tensor | Leaf) -> Adaptive:
 
     Examples
     --------
+    >>> import torch
     >>> adaptive(torch.zeros(1000, dtype=torch.uint8)).nbytes < 12
     True
     """
     flat, size = symbols(levels)
-    stream = torch.from_numpy(np.frombuffer(encode(flat), np.uint8).copy())
-    given = levels.tensor if isinstance(levels, Leaf) else levels
-    return Adaptive(stream.to(given.device), size)
+    return Adaptive(stored(encode(flat), levels), size)
 
 
 def encode(levels: np.ndarray) -> bytes:

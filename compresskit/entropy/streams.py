@@ -165,4 +165,7 @@ def _read_gamma(data, out):
             value = 2 * value + (data[at >> 3] >> (7 - (at & 7)) & 1)
             at += 1
         out[i] = value
+    for place in range(at, end):
+        if data[place >> 3] >> (7 - (place & 7)) & 1:
+            return False
     return end - at < 8

@@ -113,7 +113,7 @@ def counted(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return found + low, counts[found]
 
 
-def alphabet(values: np.ndarray, counts: np.ndarray, *, largest: int) -> tuple:
+def alphabet(values: np.ndarray, counts: np.ndarray, *, largest: int, least: float = 0) -> tuple:
     """Which symbols are worth their place in a table, and the counts of the places.
 
     A place costs about a gamma code of the gap and of the frequency; a symbol without one costs
@@ -125,6 +125,8 @@ def alphabet(values: np.ndarray, counts: np.ndarray, *, largest: int) -> tuple:
     counts : (k,) their counts
     largest : int
         places that there may be, the escape's included
+    least : float
+        bits that a symbol costs at least: 1 for a prefix code
 
     Returns
     -------
@@ -137,11 +139,16 @@ def alphabet(values: np.ndarray, counts: np.ndarray, *, largest: int) -> tuple:
     order = np.argsort(-counts, kind="stable")
     c = counts[order].astype(np.float64)
     gap = 2 * np.log2(span / (len(values) - 1)) + 1
-    own = c * np.log2(total / c) + 2 * np.log2(np.maximum(c / total * 4096, 1)) + 1 + gap
+    own = (
+        c * np.maximum(np.log2(total / c), least)
+        + 2 * np.log2(np.maximum(c / total * 4096, 1))
+        + 1
+        + gap
+    )
     kept = np.concatenate([[0.0], np.cumsum(own)])
     gone = total - np.concatenate([[0.0], np.cumsum(c)])
     gone[-1] = 0
-    rate = np.log2(total / np.maximum(gone, 1)) + width
+    rate = np.maximum(np.log2(total / np.maximum(gone, 1)), least) + width
     cost = kept + np.where(gone > 0, gone * rate + 8, 0)
     if len(values) > largest - 1:
         cost[largest:] = np.inf

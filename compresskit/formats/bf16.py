@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compresskit.code import FLOATS, Leaf
+from compresskit.code import FLOATS
 from compresskit.entropy import ans, range_coder, tables
 from compresskit.entropy.prefix_codes import Huffman, huffman
 from compresskit.entropy.streams import Reader, check_size, numbers, varint
+from compresskit.entropy.symbols import Stream, stored
 
 # dtype -> bits of the exponent, bits of the mantissa, whole numbers of its size
 _FIELDS = {
@@ -36,7 +37,7 @@ _INDICES = 1 << 12  # scales 2^(k/8) from 2^-256 to 2^256
 
 
 @dataclass(frozen=True, eq=False)
-class Floats(Leaf):
+class Floats(Stream):
     """A floating-point tensor in a lossless stream; `encode` makes it.
 
     Parameters
@@ -50,52 +51,32 @@ class Floats(Leaf):
         "huffman", "rans" or "scales"
     """
 
-    tensor: Tensor
-    size: tuple[int, ...]
     dtype: str
     coder: str
 
     def __post_init__(self):
-        if self.tensor.dtype != torch.uint8 or self.tensor.ndim != 1:
-            raise ValueError(
-                f"a stream is a vector of uint8, not {self.tensor.dtype}; use encode()"
-            )
-        check_size(self.size)
+        super().__post_init__()
         _check(FLOATS.get(self.dtype), self.coder)
+
+    def levels(self, data: bytes, count: int) -> np.ndarray:
+        """The patterns of bits, as whole numbers."""
+        reader = Reader(data)
+        out = _CODERS[self.coder][1](reader, check_size(self.size)[0], FLOATS[self.dtype])
+        reader.finish()
+        _, _, _, unsigned = _FIELDS[FLOATS[self.dtype]]
+        return out.astype(unsigned).view(f"i{np.dtype(unsigned).itemsize}").astype(np.int32)
 
     def exact(self) -> Tensor:
         """The tensor at its own dtype, every bit as it was."""
-        size, count = check_size(self.size)
         dtype = FLOATS[self.dtype]
-        reader = Reader(self.to_bytes())
-        flat = _CODERS[self.coder][1](reader, size, dtype) if count else np.zeros(0, np.uint16)
-        reader.finish()
-        _, _, whole, unsigned = _FIELDS[dtype]
-        signs = flat.astype(unsigned).view(f"i{np.dtype(unsigned).itemsize}")
-        return torch.from_numpy(signs).view(whole).view(dtype).reshape(size).to(self.tensor.device)
+        patterns = super().decode()
+        if patterns.is_meta:
+            return patterns.to(dtype)
+        whole = _FIELDS[dtype][2]
+        return patterns.to(whole).view(dtype)
 
     def decode(self) -> Tensor:
         return self.exact().float()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.size)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel()
-
-    def to_bytes(self) -> bytes:
-        return self.tensor.detach().cpu().numpy().tobytes()
-
-    def header(self) -> dict:
-        return {"size": list(self.size), "dtype": self.dtype, "coder": self.coder}
-
-    @classmethod
-    def from_bytes(cls, data: bytes, header: dict) -> Floats:
-        size, _ = check_size(header.get("size"))
-        stream = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-        return cls(stream, size, header.get("dtype"), header.get("coder"))
 
 
 def encode(tensor: Tensor, *, coder: str = "scales") -> Floats:
@@ -137,8 +118,7 @@ def encode(tensor: Tensor, *, coder: str = "scales") -> Floats:
     _, _, whole, unsigned = _FIELDS[tensor.dtype]
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(whole).numpy().view(unsigned)
     stream = _CODERS[coder][0](flat, size, tensor.dtype) if count else b""
-    stored = torch.from_numpy(np.frombuffer(stream, np.uint8).copy()).to(tensor.device)
-    return Floats(stored, size, str(tensor.dtype).removeprefix("torch."), coder)
+    return Floats(stored(stream, tensor), size, str(tensor.dtype).removeprefix("torch."), coder)
 
 
 def write(blocks: Iterable[Tensor], file: BinaryIO, *, coder: str = "scales") -> int:

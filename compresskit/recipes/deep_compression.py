@@ -13,7 +13,7 @@ from torch import nn
 from compresskit import data, measure
 from compresskit.code import Array, Bits
 from compresskit.codebook import Codebook, lloyd, nearest
-from compresskit.entropy import coded, huffman, rans
+from compresskit.entropy import adaptive, coded, huffman, rans
 from compresskit.layers import as_matrix
 from compresskit.model import compress, decoded, layers, size_table
 from compresskit.recipes import criteria
@@ -70,7 +70,7 @@ def stages(*, network: str, seed: int, sparsity: float, bits: int) -> dict:
     found["values trained"] = _scored(tuned, samples)
     codes = {name: tuned.get_submodule(name).code for name in codes}
     dense = decoded(tuned)
-    for name, coder in (("Huffman", huffman), ("rANS", rans)):
+    for name, coder in (("Huffman", huffman), ("rANS", rans), ("adaptive", adaptive)):
         plan = _given({n: coded(code, coder) for n, code in codes.items()})
         found[name] = _scored(compress(dense, plan), samples)
     return found

@@ -9,7 +9,8 @@ except the length of a code; `quantizers` has the scalar quantizers of chapter 7
 `straight_through` compares the gradient that training for low precision makes up, in chapter 10,
 with the true one where that is known; `blocks` has the error of the block formats of chapter 11;
 `pruning` has what pruning removes and what a mask costs, of chapter 12; `low_rank` has what a
-matrix of low rank cannot be below, of chapters 15 and 16; `frontier` how far grids with feedback
+matrix of low rank cannot be below, of chapters 15 and 16; `lossless` what
+the fields of a floating-point number hold, of chapter 18; `frontier` how far grids with feedback
 stay from the limit, of chapter 19.
 """
 
@@ -49,6 +50,7 @@ from compresskit.theory.learning import (
     rademacher_signs,
     softmax_complexity,
 )
+from compresskit.theory.lossless import exponent_law
 from compresskit.theory.low_rank import (
     Truncation,
     degrees_of_freedom,
@@ -167,6 +169,7 @@ __all__ = [  # noqa: RUF022
     "gaussian_energy",
     "degrees_of_freedom",
     "vanished",
+    "exponent_law",
     "feedback_gap",
     "scale_mismatch",
     "unseen_error",

@@ -9,6 +9,11 @@ import numpy as np
 
 from compresskit.theory.checks import finite, result
 
+
+def _numbers(x, name):
+    return finite(np.asarray(x, np.float64), name)
+
+
 _ROUND = 0.5 * math.log2(math.pi * math.e / 6)
 
 
@@ -43,8 +48,8 @@ def feedback_gap(diagonal, steps=None):
     >>> round(feedback_gap([1.0, 4.0]), 3), round(feedback_gap([1.0, 4.0], [4.0, 1.0]), 3)
     (0.798, 0.255)
     """
-    diagonal = finite(diagonal, "diagonal")
-    steps = np.ones_like(diagonal) if steps is None else finite(steps, "steps")
+    diagonal = _numbers(diagonal, "diagonal")
+    steps = np.ones_like(diagonal) if steps is None else _numbers(steps, "steps")
     if diagonal.ndim != 1 or steps.shape != diagonal.shape or not len(diagonal):
         raise ValueError(
             f"a diagonal of shape {diagonal.shape} and steps of shape {steps.shape}; two equal"
@@ -78,7 +83,7 @@ def scale_mismatch(ratio):
     >>> round(scale_mismatch(2 ** (1 / 16)), 4)
     0.0028
     """
-    square = finite(ratio, "ratio") ** 2
+    square = _numbers(ratio, "ratio") ** 2
     if not np.all(square > 0):
         raise ValueError(f"ratio={ratio}; it must be positive, for instance 1.1")
     return result((square - 1 - np.log(square)) / (2 * math.log(2)))
