@@ -40,7 +40,7 @@ class Scales:
     Parameters
     ----------
     by : "matrix", "row", "column" or "both"
-        what has a scale of its own
+        what has a scale of its own; for groups of consecutive levels give them as rows
 
     Examples
     --------
