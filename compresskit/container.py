@@ -172,9 +172,10 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 def read(path: str | Path) -> Contents:
     """The codes and parameters in a file, after every checksum and every shape was verified.
 
-    Nothing is unpickled or decoded. Memory stays within a few times the file's size, but for
-    integers of few bits and for masks: in memory each of their entries takes a byte, also where
-    less than a bit of it is stored. Such a mask has at most 2^28 entries.
+    Nothing is unpickled, and nothing decoded but entropy-coded masks. Memory stays within a few
+    times the file's size, but for integers of few bits and for masks: in memory each of their
+    entries takes a byte or four, also where less than a bit of it is stored. Such a mask has at
+    most 2^28 entries.
 
     Raises
     ------

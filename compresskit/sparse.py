@@ -238,6 +238,8 @@ class Sparse(Code):
     mask: Code
 
     def __post_init__(self):
+        if not isinstance(self.mask, Bits):
+            _check_entries(math.prod(self.mask.shape))
         kept = self.kept
         if kept.is_meta:
             return

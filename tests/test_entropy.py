@@ -362,6 +362,13 @@ def test_codes_with_coded_leaves_decode_as_before_and_survive_a_file(tmp_path):
     assert coded(codes["sparse table"]).nbytes < 0.8 * codes["sparse table"].nbytes
 
 
+def test_a_coded_mask_of_too_many_entries_is_refused_before_it_is_decoded():
+    mask = rans(torch.ones(8, dtype=torch.uint8))
+    large = Rans(mask.tensor, (1 << 15, 1 << 14), "static")
+    with pytest.raises(ValueError, match="is stored as Bits"):
+        Sparse(Bits.of(torch.ones(8), 1), large)
+
+
 def test_leaves_that_would_grow_stay_as_they_are():
     noise = Bits.of(torch.randint(16, (1000,), generator=generator()), 4)
     assert coded(noise) is noise

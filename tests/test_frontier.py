@@ -212,7 +212,7 @@ def test_records_of_layer_gaps(monkeypatch):
     seen = {"0": InputStats.of(draw(400, 40, seed=1))}
     monkeypatch.setattr(frontier, "moments", lambda tokens: seen)
     record = frontier.gaps(way="water-filling, shrunk", bits=5, tokens=400, damp=0.01)
-    assert record["tokens"] == 400
+    assert record["seen"] == 400
     assert record["gap"] == record["held_out"]
     assert record["bits_per_weight"][0] <= 5
 

@@ -441,7 +441,8 @@ def layer_gaps() -> Tasks:
     """Chapter 19: bits above the limit for each matrix of MiniLM, by method and rate."""
     fixed = [("NF4", 4), ("Q4_0", 4)]
     graded = ("round to nearest", "GPTQ", "GPTQ, then rANS")
-    coded = ("entropy-coded GPTQ", "water-filling", "water-filling, shrunk")
+    coded = ("entropy-coded rounding", "entropy-coded GPTQ", "water-filling")
+    coded += ("water-filling, shrunk",)
     for way, bits in fixed + [(w, b) for b in (4, 3, 2) for w in graded + coded]:
         yield from grid(frontier.gaps, way=[way], bits=[bits])
     for way in ("water-filling", "water-filling, shrunk"):
@@ -458,7 +459,8 @@ def gaps_by_tokens() -> Tasks:
 
 def coded_encoder() -> Tasks:
     """Chapter 19: the codes with and without a coder on MiniLM, and bits allocated to layers."""
-    coded = ("entropy-coded GPTQ", "water-filling", "water-filling, shrunk")
+    coded = ("entropy-coded rounding", "entropy-coded GPTQ", "water-filling")
+    coded += ("water-filling, shrunk",)
     more = tuple(f"water-filling, shrunk, allocated{end}" for end in ("", ", relative"))
     for bits in (4, 3, 2):
         for way in ("GPTQ", "GPTQ, then rANS", *coded, *more):

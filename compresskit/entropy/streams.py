@@ -13,9 +13,9 @@ import torch
 from compresskit import bits
 from compresskit.code import check_shape
 
-MOST = 1 << 31
+MOST = 1 << 30
 """Symbols of one stream: a few bytes may stand for many of them, so what a reader allocates for
-them must have a limit. (A Python integer of 32 bits.)"""
+them must have a limit: 4 GiB."""
 
 
 def varint(value: int) -> bytes:

@@ -29,6 +29,7 @@ WAYS: dict[str, Callable[[float], Method]] = {
     "Q4_0": lambda bits: partial(methods.block_format, type="Q4_0"),
     "GPTQ": lambda bits: partial(methods.gptq, spec=QuantSpec(int(bits), group_size=GROUP)),
     "GPTQ, then rANS": lambda bits: partial(_coded_gptq, bits=int(bits)),
+    "entropy-coded rounding": lambda bits: partial(_coded_rounding, bits=bits),
     "entropy-coded GPTQ": lambda bits: partial(methods.entropy_gptq, bits=bits),
     "water-filling": lambda bits: partial(methods.water_filling_gptq, bits=bits, shrink=False),
     "water-filling, shrunk": lambda bits: partial(methods.water_filling_gptq, bits=bits),
@@ -38,6 +39,11 @@ WAYS: dict[str, Callable[[float], Method]] = {
 def _coded_gptq(weight, stats: InputStats | None = None, *, bits: int) -> Code:
     """GPTQ in groups of 128, its levels coded by rANS afterwards."""
     return coded(methods.gptq(weight, stats, spec=QuantSpec(bits, group_size=GROUP)))
+
+
+def _coded_rounding(weight, stats: InputStats | None = None, *, bits: float) -> Code:
+    """To nearest, on a grid without ends: what entropy coding gives without feedback."""
+    return methods.entropy_gptq(weight, bits=bits)
 
 
 @cache
@@ -76,14 +82,14 @@ def gaps(
 
     Returns
     -------
-    dict: "tokens" seen, and a list over the layers of "bits_per_weight", of the "gap" under the
+    dict: the tokens "seen", and a list over the layers of "bits_per_weight", of the "gap" under the
     moments the method was given (unshuffled), of the gap "held_out", and of "error_db" held out
     """
     encoder, given, held_out = models.minilm(), moments(tokens), moments(0)
     method = WAYS[way](bits)
     if damp is not None:
         method = partial(method, damp=damp)
-    record = {"tokens": next(iter(given.values())).count}
+    record = {"seen": next(iter(given.values())).count}
     record |= {name: [] for name in ("bits_per_weight", "gap", "held_out", "error_db")}
     for name, layer in layers(encoder).items():
         weight = layer.weight.detach()
