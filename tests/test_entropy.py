@@ -233,6 +233,18 @@ def test_scales_of_rows_and_columns_save_what_a_table_cannot():
     assert sizes["scales by both"] < 1.01 * ideal + 500  # 500 scales of at most a byte
 
 
+@pytest.mark.parametrize("spread", [0.1, 1, 8, 64])
+@pytest.mark.parametrize("by", ["row", "column", "both"])
+def test_scales_are_found_however_far_apart_they_are(spread, by):
+    s = torch.arange(1, 65, dtype=torch.float64)[:, None].expand(64, 256) / spread
+    levels = (s * torch.randn(64, 256, generator=generator())).round().int()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    p = normal.cdf((levels + 0.5) / s) - normal.cdf((levels - 0.5) / s)
+    ideal = -p.log2().sum().item() / 8
+    turned = levels.T if by == "column" else levels
+    assert rans(turned, Scales(by)).nbytes < 1.03 * ideal + 64 * 2 + (256 if by == "both" else 0)
+
+
 @pytest.mark.parametrize("blend", [0, 4, 8])
 @pytest.mark.parametrize("index", [1, 20, 33, 41, 60, 90])
 def test_laws_are_those_of_scipy(index, blend):
