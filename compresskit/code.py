@@ -328,7 +328,7 @@ class Packed(Leaf):
         shifts = torch.arange(8 - self.width, -1, -self.width, device=self.tensor.device)
         spread = self.tensor[:, None].bitwise_right_shift(shifts.to(torch.uint8))
         count = check_shape(self.size)[1]
-        return (spread & ((1 << self.width) - 1)).reshape(-1)[:count].reshape(self.size)
+        return (spread & ((1 << self.width) - 1)).reshape(-1)[:count].reshape(self.size).int()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from compresskit import affine, container, methods
 from compresskit.affine import QuantSpec
-from compresskit.code import Code
+from compresskit.code import Code, packed
+from compresskit.entropy import adaptive, coded, huffman, rans
 from compresskit.methods import (
     awq,
     block_format,
@@ -332,6 +333,27 @@ def test_half_precision_moments_are_accepted_and_autocast_makes_no_difference(na
     with torch.autocast("cpu", torch.bfloat16):
         inside = compress(layer, {"": METHODS[name]}, {"": stats})
     assert torch.equal(inside.code.decode(), usual.code.decode())
+
+
+@every
+@pytest.mark.parametrize("rewrite", [rans, huffman, adaptive, packed], ids=lambda f: f.__name__)
+def test_its_whole_numbers_can_be_coded_or_packed(name, rewrite, weight, x):
+    code = METHODS[name](weight, InputStats.of(x))
+    if rewrite is packed:
+        if code.quantizes_inputs:  # these multiply whole numbers as they are
+            return
+        other = packed(code)
+        assert other.nbytes == code.nbytes
+    else:
+        other = coded(code, rewrite)
+        assert other.nbytes <= code.nbytes
+    if (
+        name in FACTORED
+    ):  # a product of factors that lie elsewhere may round its last digit otherwise
+        torch.testing.assert_close(other.decode(), code.decode())
+    else:
+        assert torch.equal(other.decode(), code.decode())
+    torch.testing.assert_close(other.product(x[:3]), code.product(x[:3]))
 
 
 @every

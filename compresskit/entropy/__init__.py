@@ -39,11 +39,14 @@ def coded(code: Code, coder: Callable[[Leaf], Leaf] = rans) -> Code:
     Returns
     -------
     Code
-        that decodes to the same tensor; its decoded levels are int32 at every use
+        that decodes to the same tensor, at every use; one that multiplies whole numbers as they
+        lie in memory (`Code.quantizes_inputs`) stays as it is
     """
+    if code.quantizes_inputs:
+        return code
 
     def rewritten(path: str, leaf: Leaf) -> Leaf:
-        if isinstance(leaf, Array | Stream):
+        if isinstance(leaf, Array | Stream) or leaf.decode().is_floating_point():
             return leaf
         smaller = coder(leaf)
         return smaller if smaller.nbytes < leaf.nbytes else leaf

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compresskit.code import Leaf
+from compresskit.code import Bits, Leaf
 from compresskit.entropy.streams import check_size
 
 _AS_THEY_ARE = (torch.uint8, torch.int8, torch.int16, torch.int32)
@@ -23,7 +23,7 @@ def symbols(levels: Tensor | Leaf) -> tuple[np.ndarray, tuple[int, ...]]:
     ValueError : not whole numbers, beyond 32 bits, more than a stream holds
     """
     if isinstance(levels, Leaf):
-        levels = levels.tensor if hasattr(levels, "width") else levels.decode()
+        levels = levels.tensor if isinstance(levels, Bits) else levels.decode()
     if levels.is_floating_point() or levels.is_complex():
         raise ValueError(f"symbols are whole numbers, not {levels.dtype}; round them first")
     size, _ = check_size(list(levels.shape))
