@@ -347,13 +347,11 @@ def test_its_whole_numbers_can_be_coded_or_packed(name, rewrite, weight, x):
     else:
         other = coded(code, rewrite)
         assert other.nbytes <= code.nbytes
-    if (
-        name in FACTORED
-    ):  # a product of factors that lie elsewhere may round its last digit otherwise
-        torch.testing.assert_close(other.decode(), code.decode())
+    if name in FACTORED:  # a product of factors that lie elsewhere may round otherwise
+        torch.testing.assert_close(other.decode(), code.decode(), rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(other.decode(), code.decode())
-    torch.testing.assert_close(other.product(x[:3]), code.product(x[:3]))
+    torch.testing.assert_close(other.product(x[:3]), code.product(x[:3]), rtol=1e-3, atol=1e-3)
 
 
 @every
